@@ -1,0 +1,78 @@
+// The whole C ABI of libvqk_cpu: plain pointers, sizes and strides, no torch, no Python. Python allocates, C fills.
+// vqkernels/_native.py declares the same functions and structs for ctypes; tests/test_native.py compares the two.
+#ifndef VQK_CAPI_H
+#define VQK_CAPI_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define VQK_API extern "C" __declspec(dllexport)
+#else
+#define VQK_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// Raise on every change of a struct or a signature; the loader refuses a library of another number.
+#define VQK_ABI_VERSION 1
+
+enum vqk_status { VQK_OK = 0, VQK_INVALID = 1, VQK_NO_MEMORY = 2, VQK_UNSUPPORTED = 3, VQK_INTERNAL = 4 };
+enum vqk_dtype { VQK_F32 = 0, VQK_F64 = 1, VQK_F16 = 2, VQK_BF16 = 3 };
+enum vqk_metric { VQK_L2 = 0, VQK_COSINE = 1, VQK_DOT = 2 };
+enum vqk_precision { VQK_EXACT = 0, VQK_FAST = 1 };
+enum vqk_gradient { VQK_STRAIGHT_THROUGH = 0, VQK_ROTATION = 1, VQK_NONE = 2 };
+// In order of preference within one vendor; vqk_cpu_best_isa() knows the exceptions.
+enum vqk_isa { VQK_SCALAR = 0, VQK_AVX2 = 1, VQK_AVX512 = 2, VQK_AVX512BF16 = 3, VQK_AMX = 4 };
+
+// Rows to quantize, (H, B, S, D) with any strides (in elements): a channel-first map is read in place.
+typedef struct vqk_rows {
+  void *data;
+  int64_t size[4];
+  int64_t stride[4];
+  int32_t dtype;
+  int32_t reserved;
+} vqk_rows;
+
+// Codebooks, (H, K, D) with any strides (in elements).
+typedef struct vqk_codes {
+  void *data;
+  int64_t size[3];
+  int64_t stride[3];
+  int32_t dtype;
+  int32_t reserved;
+} vqk_codes;
+
+// at::parallel_for's exported C form (torch_parallel_for): int32 (begin, end, grain, body, context), 0 on success.
+typedef void (*vqk_parallel_body)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*vqk_parallel_for)(int64_t begin, int64_t end, int64_t grain, vqk_parallel_body body, void *context);
+
+// Runtime: version, errors (per thread, valid until its next call), threads, instruction sets.
+VQK_API int32_t vqk_abi_version(void);
+VQK_API const char *vqk_last_error(void);
+VQK_API void vqk_cpu_set_parallel_for(vqk_parallel_for parallel_for);
+VQK_API void vqk_cpu_set_num_threads(int32_t num_threads);  // what parallel_for would use: sizes the work items
+VQK_API int32_t vqk_cpu_has_isa(int32_t isa);               // built in, and this machine runs it
+VQK_API int32_t vqk_cpu_best_isa(void);
+VQK_API const char *vqk_build_info(void);
+
+// nearest: fingerprint the codebook (is the packed one still valid?), pack it, search.
+VQK_API int32_t vqk_cpu_nearest_fingerprint(const vqk_codes *codebook, uint64_t *fingerprint /* [2] */);
+VQK_API int64_t vqk_cpu_nearest_packed_bytes(const vqk_codes *codebook, int32_t metric, int32_t isa);
+VQK_API int32_t vqk_cpu_nearest_pack(const vqk_codes *codebook, int32_t metric, int32_t isa, void *packed);
+// packed comes from the same codebook, metric and isa, 64-byte aligned. indices, score: contiguous (H, B, S).
+VQK_API int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision, int32_t isa,
+                                const void *packed, int64_t *indices, float *score);
+
+// lookup: out[h, b, s, :] = codebook[h, indices[h, b, s], :], zeros where the index is -1. out may have any strides and dtype.
+VQK_API int32_t vqk_cpu_lookup(const vqk_codes *codebook, const int64_t *indices, const vqk_rows *out);
+
+// codebook_sum: sums (H, K, D) contiguous in float32 (float64 for float64 x), counts (H, K) float32. Index -1 is skipped.
+VQK_API int32_t vqk_cpu_codebook_sum(const vqk_rows *x, const int64_t *indices, int64_t num_codes, void *sums, float *counts);
+
+// ema_update, in place: cluster_size (H, K), embed_avg (H, K, D), codebook (H, K, D), all contiguous float32.
+VQK_API int32_t vqk_cpu_ema_update(float *cluster_size, float *embed_avg, float *codebook, const float *counts, const float *sums,
+                                   int64_t heads, int64_t num_codes, int64_t dim, double decay, double eps, int32_t normalize);
+
+// quantize_grad: dz of the quantizer's output and of its commitment loss in one pass (see ops/quantize_grad).
+VQK_API int32_t vqk_cpu_quantize_grad(const vqk_rows *grad, const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
+                                      double commitment, int32_t gradient, const vqk_rows *out);
+
+#endif

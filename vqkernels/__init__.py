@@ -1,0 +1,3 @@
+"""Exact, fused vector quantization for PyTorch."""
+
+from vqkernels import ops as ops

@@ -1,0 +1,178 @@
+"""Which backend runs an op: the order per device, the three scopes of override, and the reasons.
+
+Called by every op implementation in ``vqkernels.ops`` (on real tensors, never while tracing), and by
+:func:`vqkernels.explain` and :func:`vqkernels.info`. A backend is a file name: ``ops/<op>/<backend>.py`` exposes
+``supports(*args) -> reason | None`` and ``run(*args)``, where ``args`` are the op's arguments without ``backend``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["BACKENDS", "OPS", "Backend", "Unsupported", "call", "explain", "requested", "use_backend"]
+
+log = logging.getLogger("vqkernels")
+
+# Registration order; the one line to add for a new op (CONTRIBUTING.md, "Add an op").
+OPS = ("nearest", "lookup", "codebook_sum", "ema_update", "quantize_grad")
+
+
+class Unsupported(RuntimeError):
+    """A backend that was asked for explicitly cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One entry of the backend table.
+
+    ``probe(device_type)`` returns the reason why the backend cannot run on that kind of device here, or ``None``.
+    """
+
+    name: str
+    probe: Callable[[str], str | None]
+
+
+def _probe_native(device: str) -> str | None:
+    from vqkernels import _native
+
+    return _native.unavailable(device)
+
+
+def _probe_reference(device: str) -> str | None:
+    return None
+
+
+# Order of preference. "auto" takes the first that can run the call.
+BACKENDS: tuple[Backend, ...] = (
+    Backend("native", _probe_native),
+    Backend("reference", _probe_reference),
+)
+
+_NAMES = tuple(b.name for b in BACKENDS)
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("vqkernels_backend", default=None)
+
+
+def _check_name(name: str, where: str) -> str:
+    if name != "auto" and name not in _NAMES:
+        raise ValueError(f"{where} is {name!r}; expected 'auto' or one of {', '.join(map(repr, _NAMES))}")
+    return name
+
+
+def requested(backend: str = "auto") -> str:
+    """The backend that is asked for: argument, else :func:`use_backend`, else ``VQKERNELS_BACKEND``, else ``"auto"``."""
+    if _check_name(backend, "backend") != "auto":
+        return backend
+    if (name := _override.get()) is not None:
+        return name
+    return _check_name(os.environ.get("VQKERNELS_BACKEND", "auto") or "auto", "VQKERNELS_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Ask for one backend inside a ``with`` block (this thread only); an explicit argument still wins.
+
+    Args:
+        name: ``"reference"``, ``"native"`` or ``"auto"``.
+
+    Raises:
+        ValueError: the name is no backend.
+
+    Example:
+        >>> import torch, vqkernels
+        >>> with vqkernels.use_backend("reference"):
+        ...     indices, score = vqkernels.nearest(torch.zeros(2, 3), torch.eye(3))
+        >>> indices.tolist()
+        [0, 0]
+    """
+    token = _override.set(_check_name(name, "use_backend(name)"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+@functools.cache
+def _module(op: str, backend: str) -> ModuleType | None:
+    name = f"vqkernels.ops.{op}.{backend}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name == name:
+            return None
+        raise
+
+
+def _reason(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
+    """Why ``backend`` cannot run ``op`` on these arguments, or ``None``."""
+    if (reason := backend.probe(_device(args))) is not None:
+        return reason
+    module = _module(op, backend.name)
+    if module is None:
+        return f"no {backend.name} implementation of {op}"
+    reason = module.supports(*args)
+    return reason if reason is None else str(reason)
+
+
+def _device(args: tuple[Any, ...]) -> str:
+    return next(str(a.device.type) for a in args if isinstance(a, torch.Tensor))
+
+
+@functools.cache
+def _log_fallback(op: str, device: str, skipped: str, chosen: str) -> None:
+    # Once per op, device and reason: visible in a log, never a flood.
+    log.info("%s on %s uses the %s backend (%s)", op, device, chosen, skipped)
+
+
+def call(op: str, backend: str, args: tuple[Any, ...]) -> Any:
+    """Run ``op``: the backend that was asked for, or the first that can.
+
+    Raises:
+        Unsupported: a backend was named (argument, context or environment) and cannot run this call.
+    """
+    name = requested(backend)
+    skipped: list[str] = []
+    for candidate in BACKENDS:
+        if name not in ("auto", candidate.name):
+            continue
+        reason = _reason(op, candidate, args)
+        if reason is None:
+            if skipped:
+                _log_fallback(op, _device(args), "; ".join(skipped), candidate.name)
+            module = _module(op, candidate.name)
+            assert module is not None
+            return module.run(*args)
+        if name != "auto":
+            raise Unsupported(f"{op}: backend {name!r} cannot run this call: {reason}")
+        skipped.append(f"{candidate.name}: {reason}")
+    raise Unsupported(f"{op}: no backend can run this call ({'; '.join(skipped)})")
+
+
+def explain(op: str, args: tuple[Any, ...], backend: str = "auto") -> str:
+    """One line per backend: whether it can run this call, and which one would."""
+    name = requested(backend)
+    lines, chosen = [], None
+    for candidate in BACKENDS:
+        reason = _reason(op, candidate, args)
+        if name not in ("auto", candidate.name):
+            note = f"not asked for (backend={name!r})" if reason is None else reason
+        elif reason is None and chosen is None:
+            chosen = candidate.name
+            module = _module(op, candidate.name)
+            detail = getattr(module, "describe", None)
+            note = "chosen" + (f": {detail(*args)}" if detail else "")
+        else:
+            note = "available" if reason is None else reason
+        lines.append(f"  {candidate.name:<10} {note}")
+    head = f"{op} on {_device(args)}: {chosen or 'nothing can run this call'}"
+    return "\n".join([head, *lines])

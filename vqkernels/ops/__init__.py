@@ -1,0 +1,12 @@
+"""The ops that everything composes from, one folder each: contract, reference, and one file per backend.
+
+Called by :mod:`vqkernels.functional`; importing this package registers every op with torch.
+"""
+
+from vqkernels.ops.codebook_sum import codebook_sum
+from vqkernels.ops.ema_update import ema_update
+from vqkernels.ops.lookup import lookup
+from vqkernels.ops.nearest import nearest
+from vqkernels.ops.quantize_grad import quantize_grad
+
+__all__ = ["codebook_sum", "ema_update", "lookup", "nearest", "quantize_grad"]

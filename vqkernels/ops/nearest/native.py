@@ -1,0 +1,92 @@
+"""``nearest`` on the C++ kernels of csrc/cpu/nearest*.cpp, with a cache of packed codebooks.
+
+Called by ``dispatch``. Packing costs O(K*D); a packed codebook is kept and served again only if a 128-bit fingerprint
+of the *content*, read anew on every call, still matches: in-place updates, ``.data`` swaps and optimiser steps are
+seen because nothing but the values is trusted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from vqkernels import _native
+
+
+def supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
+    """Every shape and dtype that the public function lets through."""
+    return None
+
+
+def describe(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str:
+    """What :func:`vqkernels.explain` adds to "chosen"."""
+    return f"{_native.ISAS[_native.isa()]} kernels, {torch.get_num_threads()} threads"
+
+
+_lock = threading.Lock()
+_cache: OrderedDict[tuple[object, ...], tuple[tuple[int, int], Tensor]] = OrderedDict()
+
+
+def _budget() -> int:
+    return int(float(os.environ.get("VQKERNELS_CACHE_MB", "64")) * 2**20)
+
+
+def _packed(lib: ctypes.CDLL, codebook: Tensor, codes: _native.Codes, metric: int, isa: int) -> Tensor:
+    found = (ctypes.c_uint64 * 2)()
+    _native.check(lib.vqk_cpu_nearest_fingerprint(ctypes.byref(codes), found))
+    fingerprint = (int(found[0]), int(found[1]))
+    # The address only says which entry to replace when a codebook changes; the fingerprint decides whether it serves.
+    key = (codebook.data_ptr(), codebook.dtype, codebook.shape, codebook.stride(), metric, isa)
+    with _lock:
+        entry = _cache.get(key)
+        if entry is not None and entry[0] == fingerprint:
+            _cache.move_to_end(key)
+            return entry[1]
+    size = lib.vqk_cpu_nearest_packed_bytes(ctypes.byref(codes), metric, isa)
+    storage = torch.empty(size + 64, dtype=torch.uint8)
+    packed = storage[-storage.data_ptr() % 64 :][:size]
+    _native.check(lib.vqk_cpu_nearest_pack(ctypes.byref(codes), metric, isa, packed.data_ptr()))
+    with _lock:
+        _cache.pop(key, None)
+        _cache[key] = (fingerprint, packed)
+        total = sum(p.untyped_storage().nbytes() for _, p in _cache.values())
+        while total > _budget() and _cache:
+            _, (_, dropped) = _cache.popitem(last=False)
+            total -= dropped.untyped_storage().nbytes()
+    return packed
+
+
+def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:
+    """Pack (or reuse) the codebook and search."""
+    lib = _native.lib()
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
+    score = torch.empty(x.shape[:-1], dtype=torch.float32)
+    if indices.numel() == 0:
+        return indices, score
+    isa = _native.isa()
+    rows, codes = _native.rows(x), _native.codes(codebook)
+    packed = _packed(lib, codebook, codes, _native.METRICS[metric], isa)
+    _native.check(
+        lib.vqk_cpu_nearest(
+            ctypes.byref(rows),
+            ctypes.byref(codes),
+            _native.METRICS[metric],
+            _native.PRECISIONS[precision],
+            isa,
+            packed.data_ptr(),
+            _native.int64_pointer(indices),
+            _native.float_pointer(score),
+        )
+    )
+    return indices, score
+
+
+def clear_cache() -> None:
+    """Forget every packed codebook."""
+    with _lock:
+        _cache.clear()
