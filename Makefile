@@ -1,0 +1,75 @@
+# Every target makes the virtual environment that it needs; all it takes is python3, make and (for the kernels) g++ or clang++.
+# PIP_FLAGS goes to every install, e.g. PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu".
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# What the compiled library and the installed metadata are made of; Python sources are read in place.
+BUILT_FROM := pyproject.toml constraints.txt csrc/CMakeLists.txt $(CPP)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench gpu asan clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo  ## train a small VQ-VAE on photographs and draw its reconstructions, a few minutes
+	$(BIN)/vqkernels train $(ARGS)
+
+test: $(VENV)/.dev  ## the whole suite and the examples in docstrings (ARGS="-k nearest" selects)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## what a change must pass: lint, types, formatting, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(VENV)/.dev  ## rewrite the sources in the style that `check` wants
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/.dev  ## the benchmarks against other libraries (ARGS goes to benchmarks/run.py)
+	$(BIN)/vqkernels bench $(ARGS)
+
+# No network: builds with what the machine has, in an environment that sees the machine's torch and pytest.
+gpu:  ## on a CUDA machine, without network: build, show what runs where, run the suite
+	$(PYTHON) -m venv --system-site-packages $(VENV)-gpu
+	$(VENV)-gpu/bin/python -m pip install -q --no-index --no-build-isolation --no-deps .
+	$(VENV)-gpu/bin/python -m vqkernels info
+	@$(VENV)-gpu/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "make gpu: torch sees no CUDA device here, so nothing was tested on one"; exit 1; }
+	VQKERNELS_TEST_DEVICE=cuda $(VENV)-gpu/bin/python -m pytest tests $(ARGS)
+
+# libasan must come first in the process; libstdc++ with it, or its __cxa_throw interceptor finds nothing to call.
+# Leaks are Python's own business (interned objects, torch's registries), so only accesses are checked.
+ASAN_ENV = LD_PRELOAD="$$($(ASAN_CXX) -print-file-name=libasan.so) $$($(ASAN_CXX) -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+  VQKERNELS_LIBRARY=$(CURDIR)/build/asan/libvqk_cpu.so
+ASAN_CXX ?= g++
+ASAN_TESTS ?= tests/ops
+
+asan: $(VENV)/.dev  ## the op tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S csrc -B build/asan -G Ninja -DVQK_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(ASAN_CXX)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/asan
+	$(ASAN_ENV) $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" $(ASAN_TESTS) $(ARGS)
+
+clean:  ## remove environments, builds and caches
+	rm -rf $(VENV) $(VENV)-gpu build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python $(BUILT_FROM)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python $(BUILT_FROM)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.demo $@
