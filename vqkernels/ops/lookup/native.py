@@ -1,0 +1,33 @@
+"""``lookup`` on the C++ kernel of csrc/cpu/lookup.cpp.
+
+Called by ``dispatch``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from vqkernels import _native
+
+
+def supports(codebook: Tensor, indices: Tensor, channel_first: bool, dtype: torch.dtype | None) -> str | None:
+    """Every shape and stride; float32, float64, float16 and bfloat16 on either side."""
+    for what in (codebook.dtype, dtype or codebook.dtype):
+        if what not in _native.DTYPES:
+            return f"dtype {what} is not one of float32, float64, float16, bfloat16"
+    return None
+
+
+def run(codebook: Tensor, indices: Tensor, channel_first: bool, dtype: torch.dtype | None) -> Tensor:
+    """Gather straight into the layout and dtype that were asked for."""
+    (h, b, s), d = indices.shape, codebook.shape[2]
+    out = torch.empty((h, b, d, s) if channel_first else (h, b, s, d), dtype=dtype or codebook.dtype)
+    if out.numel() == 0:
+        return out
+    indices = indices.contiguous()
+    codes, rows = _native.codes(codebook), _native.rows(out.transpose(2, 3) if channel_first else out)
+    _native.check(_native.lib().vqk_cpu_lookup(ctypes.byref(codes), _native.int64_pointer(indices), ctypes.byref(rows)))
+    return out
