@@ -9,6 +9,9 @@
 
 #include "capi.h"
 
+// Internal linkage on purpose: files built for different instruction sets must never share an out-of-line copy.
+#define VQK_INLINE static inline __attribute__((always_inline, unused))
+
 namespace vqk {
 
 // Fills vqk_last_error() of this thread and returns `status`.
@@ -25,28 +28,28 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F &body) {
       const_cast<void *>(static_cast<const void *>(&body)));
 }
 
-inline float bits_to_float(uint32_t bits) {
+VQK_INLINE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+VQK_INLINE uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float bf16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
+VQK_INLINE float bf16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
 
 // Round to nearest even; NaN stays NaN.
-inline uint16_t float_to_bf16(float value) {
+VQK_INLINE uint16_t float_to_bf16(float value) {
   uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline float f16_to_float(uint16_t half) {
+VQK_INLINE float f16_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
@@ -56,7 +59,7 @@ inline float f16_to_float(uint16_t half) {
 }
 
 // Round to nearest even, overflow to infinity, subnormals kept; NaN stays NaN.
-inline uint16_t float_to_f16(float value) {
+VQK_INLINE uint16_t float_to_f16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -71,10 +74,10 @@ inline uint16_t float_to_f16(float value) {
   return sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
 }
 
-inline size_t dtype_size(int32_t dtype) { return dtype == VQK_F64 ? 8 : dtype == VQK_F32 ? 4 : 2; }
+VQK_INLINE size_t dtype_size(int32_t dtype) { return dtype == VQK_F64 ? 8 : dtype == VQK_F32 ? 4 : 2; }
 
 // One element as double: exact for every dtype.
-inline double load_element(const void *data, int32_t dtype, int64_t index) {
+VQK_INLINE double load_element(const void *data, int32_t dtype, int64_t index) {
   switch (dtype) {
     case VQK_F32: return static_cast<const float *>(data)[index];
     case VQK_F64: return static_cast<const double *>(data)[index];
@@ -83,7 +86,7 @@ inline double load_element(const void *data, int32_t dtype, int64_t index) {
   }
 }
 
-inline void store_element(void *data, int32_t dtype, int64_t index, double value) {
+VQK_INLINE void store_element(void *data, int32_t dtype, int64_t index, double value) {
   switch (dtype) {
     case VQK_F32: static_cast<float *>(data)[index] = static_cast<float>(value); break;
     case VQK_F64: static_cast<double *>(data)[index] = value; break;
@@ -92,11 +95,11 @@ inline void store_element(void *data, int32_t dtype, int64_t index, double value
   }
 }
 
-inline const void *offset(const void *data, int32_t dtype, int64_t elements) {
+VQK_INLINE const void *offset(const void *data, int32_t dtype, int64_t elements) {
   return static_cast<const char *>(data) + elements * static_cast<int64_t>(dtype_size(dtype));
 }
 
-inline void *offset(void *data, int32_t dtype, int64_t elements) {
+VQK_INLINE void *offset(void *data, int32_t dtype, int64_t elements) {
   return static_cast<char *>(data) + elements * static_cast<int64_t>(dtype_size(dtype));
 }
 

@@ -1,31 +1,308 @@
-// Interim: brute force in float64.
+// nearest on CPU: arguments, the packed codebook's plan, threads and scratch. The kernels are in nearest_<isa>.cpp.
+#include "cpu/nearest.h"
+
 #include <cmath>
-#include "common.h"
-using namespace vqk;
-int32_t vqk_cpu_nearest_fingerprint(const vqk_codes *, uint64_t *f) { f[0] = f[1] = 0; return 0; }
-int64_t vqk_cpu_nearest_packed_bytes(const vqk_codes *, int32_t, int32_t) { return 64; }
-int32_t vqk_cpu_nearest_pack(const vqk_codes *, int32_t, int32_t, void *) { return 0; }
-int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *c, int32_t metric, int32_t, int32_t, const void *, int64_t *indices, float *score) {
-  const int64_t B = x->size[1], S = x->size[2], D = x->size[3], K = c->size[1];
-  parallel_for(0, x->size[0] * B * S, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t h = n / (B * S), b = n / S % B, s = n % S;
-      double best = INFINITY, first = 0; int64_t index = 0; bool any = false;
-      for (int64_t k = 0; k < K; ++k) {
-        double t = 0, q = 0;
-        for (int64_t d = 0; d < D; ++d) {
-          const double a = load_element(x->data, x->dtype, h * x->stride[0] + b * x->stride[1] + s * x->stride[2] + d * x->stride[3]);
-          const double e = load_element(c->data, c->dtype, h * c->stride[0] + k * c->stride[1] + d * c->stride[2]);
-          if (metric == VQK_L2) { const double f = a - e; t += f * f; } else { t += a * e; q += e * e; }
+#include <cstdlib>
+
+namespace vqk {
+namespace {
+
+const Kernels *kernels_for(int32_t isa) {
+  if (!vqk_cpu_has_isa(isa)) return nullptr;
+  switch (isa) {
+#if defined(VQK_HAVE_AVX2)
+    case VQK_AVX2: return &kernels_avx2;
+#endif
+#if defined(VQK_HAVE_AVX512)
+    case VQK_AVX512: return &kernels_avx512;
+#endif
+#if defined(VQK_HAVE_AVX512BF16)
+    case VQK_AVX512BF16: return &kernels_avx512bf16;
+#endif
+#if defined(VQK_HAVE_AMX)
+    case VQK_AMX: return &kernels_amx;
+#endif
+    default: return &kernels_scalar;
+  }
+}
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Sizes and offsets of one head, everything but the values.
+PackedHead plan(const vqk_codes *codebook, const Kernels *kernels) {
+  PackedHead head;
+  std::memset(&head, 0, sizeof head);
+  const int64_t k = codebook->size[1], d = codebook->size[2], dims = kernels->dims_per_step;
+  head.num_codes = k;
+  head.dim = d;
+  head.steps = round_up((d + dims - 1) / dims, kernels->step_multiple);
+  const int64_t blocks = (k + kCodes - 1) / kCodes;
+  // Even, because AMX takes two blocks at a time.
+  head.blocks_per_group = 1;
+  while (round_up(blocks, 2) > kMaxGroups * head.blocks_per_group) head.blocks_per_group *= 2;
+  head.blocks = round_up(blocks, head.blocks_per_group > 2 ? head.blocks_per_group : 2);
+  head.groups = head.blocks / head.blocks_per_group;
+  int64_t at = round_up(sizeof(PackedHead), 64);
+  const auto take = [&at](int64_t bytes) {
+    const int64_t start = at;
+    at = round_up(at + bytes, 64);
+    return start;
+  };
+  head.centre = take(head.steps * dims * 4);
+  head.bias = take(head.blocks * kCodes * 4);
+  head.bounds = take(head.groups * static_cast<int64_t>(sizeof(GroupBound)));
+  head.norms = take(head.blocks * kCodes * 8);
+  head.codes = take(head.blocks * kCodes * head.steps * 4);
+  head.bytes = at;
+  return head;
+}
+
+int32_t check_codes(const vqk_codes *codebook) {
+  if (codebook->size[1] < 1) return fail(VQK_INVALID, "codebook is empty");
+  if (codebook->stride[2] != 1 && codebook->size[2] > 1) return fail(VQK_INVALID, "codebook rows must be contiguous");
+  return VQK_OK;
+}
+
+// Centre and scale come from a sample: any centre and any power of two are correct, these make the bound tight.
+void choose_units(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head) {
+  const int64_t k = head->num_codes, d = head->dim, sample = k < 256 ? k : 256;
+  float *centre = head_centre(head);
+  const auto element = [&](int64_t i, int64_t j) {
+    const int64_t code = i * k / sample;
+    return load_element(codebook->data, codebook->dtype,
+                        head_index * codebook->stride[0] + code * codebook->stride[1] + j * codebook->stride[2]);
+  };
+  double largest = 0;
+  for (int64_t j = 0; j < d; ++j) {
+    double sum = 0;
+    int64_t count = 0;
+    if (metric == VQK_L2) {
+      for (int64_t i = 0; i < sample; ++i) {
+        const double value = element(i, j);
+        if (std::fabs(value) < 1e30) {
+          sum += value;
+          ++count;
         }
-        if (metric == VQK_COSINE) t = q > 0 ? t / std::sqrt(q) : 0 * t;
-        if (metric != VQK_L2) t = -t;
-        if (k == 0) first = t;
-        if (t < best) { best = t; index = k; any = true; }
       }
-      if (!any) best = first;
-      indices[n] = index; score[n] = static_cast<float>(metric == VQK_L2 ? best : -best);
     }
+    centre[j] = count > 0 ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+    for (int64_t i = 0; i < sample; ++i) {
+      const double distance = std::fabs(element(i, j) - static_cast<double>(centre[j]));
+      if (distance < 1e150 && distance > largest) largest = distance;
+    }
+  }
+  int exponent = 0;
+  if (largest > 0) std::frexp(largest, &exponent);
+  head->scale = metric == VQK_COSINE ? 1.0 : std::ldexp(1.0, -exponent);
+  head->row_scale = metric == VQK_L2 ? head->scale : 1.0;
+}
+
+int32_t pack_head(const vqk_codes *codebook, int64_t head_index, int32_t metric, const Kernels *kernels, PackedHead *head) {
+  std::memset(head_centre(head), 0, static_cast<size_t>(head->bias - head->centre));
+  choose_units(codebook, head_index, metric, head);
+  GroupBound *block_bounds =
+      static_cast<GroupBound *>(std::malloc(static_cast<size_t>(head->blocks) * (sizeof(GroupBound) + sizeof(int32_t))));
+  if (block_bounds == nullptr) return fail(VQK_NO_MEMORY, "no memory for the bounds of %lld codes", (long long)head->num_codes);
+  int32_t *scan = reinterpret_cast<int32_t *>(block_bounds + head->blocks);
+  parallel_for(0, head->groups, 1 + 16384 / (kCodes * head->blocks_per_group * head->dim), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * head->blocks_per_group;
+    scan[first] = kernels->pack(codebook, head_index, metric, head, first, end * head->blocks_per_group, block_bounds);
+    for (int64_t b = first + 1; b < end * head->blocks_per_group; ++b) scan[b] = scan[first];
   });
-  return 0;
+  int32_t status = VQK_OK;
+  GroupBound *bounds = head_bounds(head);
+  head->reach = 0;
+  for (int64_t g = 0; g < head->groups; ++g) {
+    GroupBound bound = {0, 0, 0, 0};
+    for (int64_t b = g * head->blocks_per_group; b < (g + 1) * head->blocks_per_group; ++b) {
+      bound.reach = std::fmax(bound.reach, block_bounds[b].reach);
+      bound.spread = std::fmax(bound.spread, block_bounds[b].spread);
+      bound.offset = std::fmax(bound.offset, block_bounds[b].offset);
+      if (scan[b] < 0) status = fail(VQK_NO_MEMORY, "no memory to pack %lld codes", (long long)head->num_codes);
+      if (scan[b] > 0) head->scan = 1;
+    }
+    bounds[g] = bound;
+    head->reach = std::fmax(head->reach, bound.reach);
+  }
+  std::free(block_bounds);
+  return status;
+}
+
+// Scratch of one block, carved from one allocation that each thread keeps.
+int64_t block_bytes(const vqk_rows *x, const PackedHead *head, const Kernels *kernels, int64_t rows, char *base, Block *block) {
+  int64_t at = 0;
+  const auto take = [&](int64_t bytes) {
+    char *start = base + at;
+    at = round_up(at + bytes, 64);
+    return start;
+  };
+  const int64_t lanes = kernels->lanes, d = head->dim;
+  Block scratch;
+  scratch.packed_rows = reinterpret_cast<uint32_t *>(take(rows * head->steps * 4));
+  scratch.strip = reinterpret_cast<float *>(take(rows / lanes * (head->groups | 1) * lanes * 4));
+  scratch.row_length = reinterpret_cast<float *>(take(rows * 4));
+  scratch.row_residual = reinterpret_cast<float *>(take(rows * 4));
+  scratch.row_offset = reinterpret_cast<float *>(take(rows * 4));
+  scratch.row_scan = reinterpret_cast<uint8_t *>(take(rows));
+  const bool in_place = (x->dtype == VQK_F32 || x->dtype == VQK_F64) && (x->stride[3] == 1 || d == 1);
+  scratch.row_copy = take(in_place ? 0 : rows * d * (x->dtype == VQK_F64 ? 8 : 4));
+  scratch.convert = reinterpret_cast<float *>(take((d + 32 + lanes * (head->steps + 16)) * 4));
+  scratch.zeros = reinterpret_cast<float *>(take(d * 4));
+  scratch.best_value = reinterpret_cast<double *>(take(rows * 8));
+  scratch.best_index = reinterpret_cast<int64_t *>(take(rows * 8));
+  scratch.code_copy = take(8 * d * 4);
+  if (block != nullptr) {
+    block->packed_rows = scratch.packed_rows;
+    block->strip = scratch.strip;
+    block->row_length = scratch.row_length;
+    block->row_residual = scratch.row_residual;
+    block->row_offset = scratch.row_offset;
+    block->row_scan = scratch.row_scan;
+    block->row_copy = scratch.row_copy;
+    block->convert = scratch.convert;
+    block->zeros = scratch.zeros;
+    block->best_value = scratch.best_value;
+    block->best_index = scratch.best_index;
+    block->code_copy = scratch.code_copy;
+    std::memset(block->zeros, 0, static_cast<size_t>(d) * 4);
+  }
+  return at;
+}
+
+// Kept by each thread between calls, so that small searches don't pay for fresh pages.
+struct Scratch {
+  char *data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { std::free(data); }
+  char *get(int64_t bytes) {
+    if (bytes > size) {
+      std::free(data);
+      data = static_cast<char *>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 4096))));
+      size = data != nullptr ? bytes : 0;
+    }
+    return data;
+  }
+};
+thread_local Scratch thread_scratch;
+
+struct Search {
+  const vqk_rows *x;
+  const vqk_codes *codebook;
+  const char *packed;
+  const Kernels *kernels;
+  int32_t metric, precision;
+  int64_t *indices;
+  float *score;
+  int64_t rows_per_head, block_rows, blocks_per_head, head_bytes;
+
+  const PackedHead *head(int64_t index) const { return reinterpret_cast<const PackedHead *>(packed + index * head_bytes); }
+
+  void open(int64_t item, char *scratch, Block *block) const {
+    block->head_index = item / blocks_per_head;
+    block->first = item % blocks_per_head * block_rows;
+    block->x = x;
+    block->codebook = codebook;
+    block->head = head(block->head_index);
+    block->rows = rows_per_head - block->first < block_rows ? rows_per_head - block->first : block_rows;
+    block->padded_rows = round_up(block->rows, kernels->row_tile);
+    block->metric = metric;
+    block->precision = precision;
+    block->indices = indices + block->head_index * rows_per_head + block->first;
+    block->score = score + block->head_index * rows_per_head + block->first;
+    block_bytes(x, block->head, kernels, block_rows, scratch, block);
+  }
+};
+
+}  // namespace
+}  // namespace vqk
+
+using vqk::Block;
+using vqk::Kernels;
+using vqk::PackedHead;
+
+int64_t vqk_cpu_nearest_packed_bytes(const vqk_codes *codebook, int32_t, int32_t isa) {
+  const Kernels *kernels = vqk::kernels_for(isa);
+  if (kernels == nullptr || codebook->size[1] < 1) return 0;
+  return codebook->size[0] * vqk::plan(codebook, kernels).bytes;
+}
+
+int32_t vqk_cpu_nearest_pack(const vqk_codes *codebook, int32_t metric, int32_t isa, void *packed) {
+  const Kernels *kernels = vqk::kernels_for(isa);
+  if (kernels == nullptr) return vqk::fail(VQK_UNSUPPORTED, "instruction set %d is not available here", isa);
+  if (const int32_t status = vqk::check_codes(codebook)) return status;
+  const PackedHead head = vqk::plan(codebook, kernels);
+  for (int64_t h = 0; h < codebook->size[0]; ++h) {
+    PackedHead *target = reinterpret_cast<PackedHead *>(static_cast<char *>(packed) + h * head.bytes);
+    *target = head;
+    if (const int32_t status = vqk::pack_head(codebook, h, metric, kernels, target)) return status;
+  }
+  return VQK_OK;
+}
+
+int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision, int32_t isa, const void *packed,
+                        int64_t *indices, float *score) {
+  const Kernels *kernels = vqk::kernels_for(isa);
+  if (kernels == nullptr) return vqk::fail(VQK_UNSUPPORTED, "instruction set %d is not available here", isa);
+  if (const int32_t status = vqk::check_codes(codebook)) return status;
+  const int64_t heads = x->size[0], rows = x->size[1] * x->size[2];
+  if (heads * rows == 0) return VQK_OK;
+  const PackedHead *first = static_cast<const PackedHead *>(packed);
+  const int64_t threads = vqk::num_threads();
+
+  vqk::Search search = {x, codebook, static_cast<const char *>(packed), kernels, metric, precision, indices, score, rows, 0, 0, first->bytes};
+  // A block per thread at least, as long as each still fills the register tile.
+  const int64_t share = vqk::round_up((heads * rows + threads - 1) / threads, kernels->row_tile);
+  search.block_rows = share < kernels->block_rows ? share : kernels->block_rows;
+  if (search.block_rows > vqk::round_up(rows, kernels->row_tile)) search.block_rows = vqk::round_up(rows, kernels->row_tile);
+  search.blocks_per_head = (rows + search.block_rows - 1) / search.block_rows;
+  const int64_t items = heads * search.blocks_per_head;
+  const int64_t bytes = vqk::block_bytes(x, first, kernels, search.block_rows, nullptr, nullptr);
+  bool failed = false;
+
+  if (items >= threads || first->groups < 2 * threads) {
+    vqk::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      char *scratch = vqk::thread_scratch.get(bytes);
+      if (scratch == nullptr) {
+        __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+        return;
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        Block block;
+        search.open(i, scratch, &block);
+        kernels->prepare(&block);
+        kernels->screen(&block, 0, block.head->blocks);
+        kernels->finish(&block);
+      }
+    });
+  } else {  // fewer blocks than threads: split the codes of each block over the threads that are left
+    char *scratch = vqk::thread_scratch.get(bytes * items);
+    if (scratch == nullptr) return vqk::fail(VQK_NO_MEMORY, "no memory for %lld bytes of scratch", (long long)(bytes * items));
+    const int64_t parts = (threads + items - 1) / items, groups = first->groups, per_group = first->blocks_per_group;
+    // Parts hold an even number of blocks, as the kernels expect.
+    const int64_t unit = per_group == 1 ? 2 : 1, per_part = vqk::round_up((groups + parts - 1) / parts, unit);
+    vqk::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Block block;
+        search.open(i, scratch + i * bytes, &block);
+        kernels->prepare(&block);
+      }
+    });
+    vqk::parallel_for(0, items * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Block block;
+        search.open(i / parts, scratch + i / parts * bytes, &block);
+        const int64_t from = i % parts * per_part, to = from + per_part < groups ? from + per_part : groups;
+        if (from < to) kernels->screen(&block, from * per_group, to * per_group);
+      }
+    });
+    vqk::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Block block;
+        search.open(i, scratch + i * bytes, &block);
+        kernels->finish(&block);
+      }
+    });
+  }
+  if (failed) return vqk::fail(VQK_NO_MEMORY, "no memory for %lld bytes of scratch per thread", (long long)bytes);
+  return VQK_OK;
 }

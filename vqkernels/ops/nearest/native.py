@@ -36,12 +36,11 @@ def _budget() -> int:
     return int(float(os.environ.get("VQKERNELS_CACHE_MB", "64")) * 2**20)
 
 
-def _packed(lib: ctypes.CDLL, codebook: Tensor, codes: _native.Codes, metric: int, isa: int) -> Tensor:
+def _packed(lib: ctypes.CDLL, key: tuple[object, ...], codes: _native.Codes, metric: int, isa: int) -> Tensor:
     found = (ctypes.c_uint64 * 2)()
     _native.check(lib.vqk_cpu_nearest_fingerprint(ctypes.byref(codes), found))
     fingerprint = (int(found[0]), int(found[1]))
-    # The address only says which entry to replace when a codebook changes; the fingerprint decides whether it serves.
-    key = (codebook.data_ptr(), codebook.dtype, codebook.shape, codebook.stride(), metric, isa)
+    # The key only says which entry to replace when a codebook changes; the fingerprint decides whether it serves.
     with _lock:
         entry = _cache.get(key)
         if entry is not None and entry[0] == fingerprint:
@@ -69,8 +68,10 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     if indices.numel() == 0:
         return indices, score
     isa = _native.isa()
+    key = (codebook.data_ptr(), codebook.dtype, codebook.shape, codebook.stride(), metric, isa)
+    codebook = codebook.contiguous()
     rows, codes = _native.rows(x), _native.codes(codebook)
-    packed = _packed(lib, codebook, codes, _native.METRICS[metric], isa)
+    packed = _packed(lib, key, codes, _native.METRICS[metric], isa)
     _native.check(
         lib.vqk_cpu_nearest(
             ctypes.byref(rows),

@@ -1,0 +1,91 @@
+// Between nearest.cpp (arguments, threads, packing plan) and the kernels of one instruction set each.
+//
+// The search works in "screen units": rows x' = scale * (x - centre), codes e' = scale * (e - centre), and the score to
+// maximise is t_k = x'.e'_k - |e'_k|^2 / 2 ("l2"), or x.e'_k ("dot", "cosine": e' = scale * e, or e / |e|; no centre).
+// Screening computes t with rounded operands; `GroupBound` and `Block::row_*` carry what the error bound needs.
+#ifndef VQK_CPU_NEAREST_H
+#define VQK_CPU_NEAREST_H
+
+#include "common.h"
+
+namespace vqk {
+
+constexpr int kCodes = 16;          // codes per block, the unit of packing
+constexpr int64_t kMaxGroups = 512;  // groups per head: bounds the screen's strip to 2 KB per row
+
+// |computed t - t| <= row_residual * reach + row_length * spread + offset + row_offset, for every code of a group.
+struct GroupBound {
+  float reach;   // max |e'|
+  float spread;  // max (|e' - rounded e'| + A |rounded e'|)
+  float offset;  // max of what depends on the code alone
+  float unused;
+};
+
+// Start of one head's packed codebook; offsets are in bytes from here.
+struct PackedHead {
+  int64_t bytes;
+  int64_t num_codes, dim;
+  int64_t steps;             // 4-byte elements per row: dims (float32) or pairs of dims (bf16), padded
+  int64_t blocks;            // blocks of 16 codes, padded
+  int64_t blocks_per_group;  // a power of two
+  int64_t groups;
+  int64_t centre, bias, bounds, norms, codes;
+  double scale;       // of the codes; a power of two
+  double row_scale;   // of the rows: the same for l2, 1 otherwise
+  float reach;        // max |e'| over the head
+  int32_t scan;       // 1: no usable bound, decide every pair in float64
+  int32_t pad[4];
+};
+
+VQK_INLINE float *head_floats(const PackedHead *head, int64_t offset) {
+  return reinterpret_cast<float *>(const_cast<char *>(reinterpret_cast<const char *>(head)) + offset);
+}
+VQK_INLINE float *head_centre(const PackedHead *head) { return head_floats(head, head->centre); }  // steps * dims, zero padded
+VQK_INLINE float *head_bias(const PackedHead *head) { return head_floats(head, head->bias); }      // -|e'|^2/2; -inf: no code
+VQK_INLINE GroupBound *head_bounds(const PackedHead *head) { return reinterpret_cast<GroupBound *>(head_floats(head, head->bounds)); }
+VQK_INLINE double *head_norms(const PackedHead *head) { return reinterpret_cast<double *>(head_floats(head, head->norms)); }
+VQK_INLINE uint32_t *head_codes(const PackedHead *head) { return reinterpret_cast<uint32_t *>(head_floats(head, head->codes)); }
+
+// Rows that are searched together, and the scratch they need.
+struct Block {
+  const vqk_rows *x;
+  const vqk_codes *codebook;
+  const PackedHead *head;
+  int64_t head_index, first, rows;  // rows [first, first + rows) of the head's B * S
+  int64_t padded_rows;              // a multiple of Kernels::row_tile
+  int32_t metric, precision;
+  int64_t *indices;  // of `first`
+  float *score;
+
+  uint32_t *packed_rows;  // [row tile][steps][lanes]
+  float *strip;           // [row tile][groups | 1][lanes]: best screened score of each group
+  float *row_length, *row_residual, *row_offset;
+  uint8_t *row_scan;      // 1: no bound, decide against every code
+  void *row_copy;         // rows in row-major order, float or double, when x is not readable in place
+  float *convert;         // one row in screen units, one row of packed elements per lane
+  float *zeros;           // a centre of zeros
+  double *best_value;
+  int64_t *best_index;
+  void *code_copy;        // 8 converted codes
+};
+
+struct Kernels {
+  int dims_per_step, step_multiple, lanes, row_tile, block_rows;
+  // Blocks [begin, end) of 16 codes of one head into `head`: values, bias, norms; bounds per block in `block_bounds`.
+  // Returns 1 if a code defeats the bound (its head must be scanned).
+  int32_t (*pack)(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head, int64_t begin, int64_t end,
+                  GroupBound *block_bounds);
+  void (*prepare)(Block *block);
+  void (*screen)(Block *block, int64_t begin, int64_t end);  // blocks of 16 codes, whole groups
+  void (*finish)(Block *block);
+};
+
+extern const Kernels kernels_scalar;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_amx;
+
+}  // namespace vqk
+
+#endif
