@@ -1,3 +1,20 @@
 """Exact, fused vector quantization for PyTorch."""
 
-from vqkernels import ops as ops
+from vqkernels.dispatch import Unsupported, use_backend
+from vqkernels.functional import VQOutput, codebook_sum, explain, lookup, nearest, vector_quantize
+from vqkernels.info import info
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Unsupported",
+    "VQOutput",
+    "__version__",
+    "codebook_sum",
+    "explain",
+    "info",
+    "lookup",
+    "nearest",
+    "use_backend",
+    "vector_quantize",
+]

@@ -1,0 +1,152 @@
+"""Checks of what users pass, and the views that turn public shapes into the (H, B, S, D) of the ops.
+
+Called by :mod:`vqkernels.functional` and :mod:`vqkernels.nn`. Every message names the argument, what it was and what
+was expected; no view here ever copies a feature map that was only permuted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vqkernels.ops.nearest import METRICS
+from vqkernels.ops.quantize_grad import GRADIENTS
+
+__all__ = [
+    "PRECISIONS",
+    "check_choice",
+    "check_codebook",
+    "check_count",
+    "check_float_tensor",
+    "check_indices",
+    "check_mask",
+    "check_number",
+    "check_rows",
+    "is_channel_first",
+    "shape_of",
+    "to_codes",
+    "to_positions",
+    "to_rows",
+]
+
+PRECISIONS = ("exact", "fast")
+CHOICES = {"metric": METRICS, "gradient": GRADIENTS, "precision": PRECISIONS}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def shape_of(x: Tensor) -> str:
+    """``(2, 3)``, also for symbolic sizes."""
+    return f"({', '.join(str(s) for s in x.shape)}{',' if x.dim() == 1 else ''})"
+
+
+def check_choice(name: str, value: str, choices: Sequence[str] | None = None) -> None:
+    """``value`` is one of the words that ``name`` may be."""
+    allowed = choices or CHOICES[name]
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+
+
+def check_number(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> None:
+    """``value`` is a finite number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    if not (low <= value <= high and value < math.inf):  # NaN compares false; math.isfinite does not trace
+        bounds = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of at least {low:g}"
+        raise ValueError(f"{name} is {value!r}; expected a finite number {bounds}")
+
+
+def check_count(name: str, value: int) -> None:
+    """``value`` is a positive integer (or a symbolic one)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; expected at least 1")
+
+
+def check_float_tensor(name: str, x: Tensor) -> None:
+    """``x`` is a tensor of a dtype that the ops read."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64")
+
+
+def check_codebook(codebook: Tensor) -> None:
+    """``codebook`` is (K, D) or (H, K, D), floating, with no size 0."""
+    check_float_tensor("codebook", codebook)
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"codebook has shape {shape_of(codebook)}; expected (K, D), or (H, K, D) with heads")
+    if any(s == 0 for s in codebook.shape):
+        raise ValueError(
+            f"codebook is empty: its shape is {shape_of(codebook)}; expected at least one code and one dim"
+        )
+
+
+def check_rows(name: str, x: Tensor, codebook: Tensor) -> None:
+    """``x`` (..., D) or (H, ..., D) fits ``codebook``, which was checked already."""
+    check_float_tensor(name, x)
+    heads = codebook.dim() == 3
+    if x.dim() < 1 + heads or x.shape[-1] != codebook.shape[-1]:
+        wanted = f"(H, ..., {codebook.shape[-1]})" if heads else f"(..., {codebook.shape[-1]})"
+        raise ValueError(
+            f"{name} has shape {shape_of(x)}; expected {wanted} to fit the codebook of shape {shape_of(codebook)}"
+        )
+    if heads and x.shape[0] != codebook.shape[0]:
+        raise ValueError(
+            f"{name} has shape {shape_of(x)}, so {x.shape[0]} heads; the codebook of shape {shape_of(codebook)} has "
+            f"{codebook.shape[0]} heads"
+        )
+    if x.device != codebook.device:
+        raise ValueError(f"{name} is on {x.device}, codebook on {codebook.device}; expected one device")
+
+
+def check_indices(indices: Tensor) -> None:
+    """``indices`` is a tensor of integers."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices is a {type(indices).__name__}; expected a torch.Tensor")
+    if indices.dtype not in INTEGERS:
+        raise TypeError(f"indices has dtype {indices.dtype}; expected an integer dtype such as int64")
+
+
+def check_mask(mask: Tensor, rows: Sequence[int], like: Tensor, heads: bool) -> None:
+    """``mask`` is bool, of shape ``rows`` (or, with heads, the same without the first dim)."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask has dtype {found}; expected torch.bool, True for valid rows")
+    allowed = [tuple(rows)] + ([tuple(rows[1:])] if heads else [])
+    if tuple(mask.shape) not in allowed:
+        raise ValueError(f"mask has shape {shape_of(mask)}; expected {' or '.join(map(str, allowed))}")
+    if mask.device != like.device:
+        raise ValueError(f"mask is on {mask.device}, the rows on {like.device}; expected one device")
+
+
+def to_codes(codebook: Tensor) -> Tensor:
+    """(K, D) or (H, K, D) as (H, K, D)."""
+    return codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
+
+
+def to_rows(x: Tensor, heads: bool) -> Tensor:
+    """(..., D), or (H, ..., D) with heads, as (H, B, S, D).
+
+    The first dim becomes B and the dims between are flattened: a view for contiguous tensors and for feature maps
+    with the channel dim moved to the end, which then stay where they are in memory.
+    """
+    if not heads:
+        x = x.unsqueeze(0)
+    while x.dim() < 4:
+        x = x.unsqueeze(1)
+    return x.flatten(2, -2)
+
+
+def to_positions(x: Tensor, heads: bool) -> Tensor:
+    """What belongs to rows (a mask, indices): (...) or (H, ...) as (H, B, S), like :func:`to_rows`."""
+    return to_rows(x.unsqueeze(-1), heads).squeeze(-1)
+
+
+def is_channel_first(rows: Tensor) -> bool:
+    """Whether ``rows`` (H, B, S, D) lies in memory as (..., D, S): outputs then do too, and no permute copy is made."""
+    return bool(rows.stride(-1) != 1 and rows.stride(-2) == 1 and rows.shape[-1] != 1)
