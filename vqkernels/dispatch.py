@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BACKENDS", "OPS", "Backend", "Unsupported", "call", "explain", "requested", "use_backend"]
+__all__ = ["BACKENDS", "OPS", "Backend", "Unsupported", "call", "explain", "missing", "requested", "use_backend"]
 
 log = logging.getLogger("vqkernels")
 
@@ -113,13 +113,19 @@ def _module(op: str, backend: str) -> ModuleType | None:
         raise
 
 
+def missing(op: str, backend: Backend, device: str) -> str | None:
+    """Why ``backend`` has nothing for ``op`` on this kind of device, whatever the arguments, or ``None``."""
+    if (reason := backend.probe(device)) is not None:
+        return reason
+    return None if _module(op, backend.name) is not None else f"no {backend.name} implementation of {op}"
+
+
 def _reason(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
     """Why ``backend`` cannot run ``op`` on these arguments, or ``None``."""
-    if (reason := backend.probe(_device(args))) is not None:
+    if (reason := missing(op, backend, _device(args))) is not None:
         return reason
     module = _module(op, backend.name)
-    if module is None:
-        return f"no {backend.name} implementation of {op}"
+    assert module is not None
     reason = module.supports(*args)
     return reason if reason is None else str(reason)
 

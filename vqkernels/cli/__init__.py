@@ -1,0 +1,85 @@
+"""The ``vqkernels`` command: one module per subcommand, found by its file name.
+
+Called by the ``vqkernels`` script and ``python -m vqkernels``. A module here offers ``add_parser(subparsers)``, which
+sets ``run=callable(args) -> int``; it imports nothing heavy at its top, so that ``vqkernels info`` needs no extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from vqkernels.info import version
+
+__all__ = ["main"]
+
+EXAMPLES = """\
+examples:
+  vqkernels info                  what runs where, and why not: versions, instruction sets, every op x backend
+  vqkernels train                 train a small VQ-VAE on photographs that ship with scikit-image and scikit-learn
+  vqkernels train --data FOLDER   the same on your images
+  vqkernels bench                 compare with other libraries (from a source checkout)
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vqkernels",
+        description="Exact, fused vector quantization for PyTorch.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"vqkernels {version()}")
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+        importlib.import_module(f"{__name__}.{module.name}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments, ``sys.argv[1:]`` by default.
+
+    Returns:
+        The exit status: 0 for success, 1 for an error that was explained on stderr, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: unknown command or option (status 2), ``--help`` and ``--version`` (status 0).
+
+    Example:
+        >>> from vqkernels.cli import main
+        >>> main(["info"])  # doctest: +ELLIPSIS
+        vqkernels ...
+        0
+    """
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # A command that sets `forward` hands what it does not know to another parser.
+    if rest and not hasattr(args, "forward"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command is None:
+        parser.print_help()
+        return 0
+    args.rest = rest
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print(f"vqkernels {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as e:
+        if args.debug or (e.name or "").partition(".")[0] == "vqkernels":
+            raise
+        reason = f"{e.name} is not installed; try: pip install 'vqkernels[{args.command}]'"
+    except (OSError, ValueError) as e:
+        if args.debug:
+            raise
+        reason = str(e)
+    print(f"vqkernels {args.command}: error: {reason}", file=sys.stderr)
+    return 1

@@ -1,0 +1,156 @@
+"""What runs where: versions, the native library, instruction sets, and every op x backend with the reason.
+
+Called by users (``vqkernels.info()``, ``python -m vqkernels info``) and the first thing to paste into an issue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from typing import Any
+
+import numpy
+import torch
+
+from vqkernels import _native, dispatch
+
+__all__ = ["Info", "info", "version"]
+
+DEVICES = ("cpu", "cuda")
+VARIABLES = ("VQKERNELS_BACKEND", "VQKERNELS_CACHE_MB", "VQKERNELS_ISA", "VQKERNELS_LIBRARY")
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What :func:`info` found; ``str()`` is a table for people, :meth:`to_dict` is for JSON.
+
+    Attributes:
+        versions: vqkernels, python, torch, numpy, platform.
+        native: ``path``, ``abi``, ``compiler`` of the loaded library, or ``reason`` why there is none.
+        isa: ``used``, ``available`` instruction sets, or ``reason`` why none can be chosen.
+        threads: of torch's pool, which the native library borrows.
+        cuda: name of the current device, or why there is none.
+        environment: the ``VQKERNELS_*`` variables that are set.
+        backends: one entry per op, backend and device: ``reason`` is ``None`` where it runs.
+    """
+
+    versions: dict[str, str]
+    native: dict[str, Any]
+    isa: dict[str, Any]
+    threads: int
+    cuda: dict[str, Any]
+    environment: dict[str, str]
+    backends: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        native, isa, cuda = self.native, self.isa, self.cuda
+        if native["reason"] is None:
+            library = f"{native['path']} (ABI {native['abi']}, {native['compiler']})"
+            instructions = isa["reason"] or f"{isa['used']} (this machine and build have {', '.join(isa['available'])})"
+        else:
+            library, instructions = f"none: {native['reason']}", "none"
+        facts = [
+            *self.versions.items(),
+            ("native library", library),
+            ("instruction set", instructions),
+            ("threads", str(self.threads)),
+            ("cuda", cuda["reason"] or cuda["device"]),
+            *self.environment.items(),
+        ]
+        rows = [("op", "backend", *DEVICES)]
+        for op in dispatch.OPS:
+            for backend in dispatch.BACKENDS:
+                found = {e["device"]: e["reason"] for e in self.backends if (e["op"], e["backend"]) == (op, backend.name)}
+                rows.append((op, backend.name, *(found[device] or "yes" for device in DEVICES)))
+        return "\n".join([*_columns(facts), "", *_columns(rows)])
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def version() -> str:
+    """The installed version of this package."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("vqkernels")
+    except metadata.PackageNotFoundError:
+        return "unknown (run from a folder, not installed)"
+
+
+def _native_info() -> dict[str, Any]:
+    if (reason := _native.unavailable()) is not None:
+        return {"path": None, "abi": None, "compiler": None, "reason": reason}
+    library = _native.lib()
+    return {
+        "path": str(library._name),
+        "abi": int(library.vqk_abi_version()),
+        "compiler": library.vqk_build_info().decode(),
+        "reason": None,
+    }
+
+
+def _isa_info() -> dict[str, Any]:
+    if (reason := _native.unavailable()) is not None:
+        return {"used": None, "available": [], "reason": reason}
+    available = _native.supported()
+    try:
+        return {"used": _native.ISAS[_native.isa()], "available": available, "reason": None}
+    except ValueError as e:
+        return {"used": None, "available": available, "reason": str(e)}
+
+
+def _cuda_info() -> dict[str, Any]:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return {"device": None, "reason": "this torch is built without CUDA"}
+    if not torch.cuda.is_available():
+        return {"device": None, "reason": "torch sees no CUDA device"}
+    return {"device": f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})", "reason": None}
+
+
+def info() -> Info:
+    """Describe this installation: versions, native library, instruction sets, and what every op can run on.
+
+    Returns:
+        An :class:`Info`: print it, or take :meth:`Info.to_dict`.
+
+    Example:
+        >>> from vqkernels.info import info
+        >>> [e["reason"] for e in info().backends if e["backend"] == "reference" and e["device"] == "cpu"]
+        [None, None, None, None, None]
+    """
+    cuda = _cuda_info()
+    unusable = {"cpu": None, "cuda": cuda["reason"]}
+    backends = [
+        {
+            "op": op,
+            "backend": backend.name,
+            "device": device,
+            "reason": unusable[device] or dispatch.missing(op, backend, device),
+        }
+        for op in dispatch.OPS
+        for backend in dispatch.BACKENDS
+        for device in DEVICES
+    ]
+    return Info(
+        versions={
+            "vqkernels": version(),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": numpy.__version__,
+            "platform": platform.platform(),
+        },
+        native=_native_info(),
+        isa=_isa_info(),
+        threads=torch.get_num_threads(),
+        cuda=cuda,
+        environment={name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
+        backends=backends,
+    )
