@@ -123,7 +123,9 @@ def test_imports_point_right(name: str) -> None:
     assert not wrong, f"{name} imports {wrong}, which lie to its left"
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if RANK.get(layer(m), 0) >= RANK["vqkernels"] and m != "vqkernels"])
+@pytest.mark.parametrize(
+    "name", [m for m in MODULES if RANK.get(layer(m), 0) >= RANK["vqkernels"] and m != "vqkernels"]
+)
 def test_package_itself_is_imported_for_its_path_only(name: str) -> None:
     # `import vqkernels` and then `vqkernels.nn` would be an import to the left that the rule above cannot see.
     tree = ast.parse(MODULES[name].read_text())
@@ -143,10 +145,14 @@ def test_only_dispatch_and_backends_reach_a_backend(name: str) -> None:
 
 def test_import_rules_can_fail() -> None:
     visitor = Imports("vqkernels.ops.nearest.native", is_package=False)
-    visitor.visit(ast.parse("def f():\n    from ... import dispatch\n    from ..lookup import native\n    import vqkernels"))
+    visitor.visit(
+        ast.parse("def f():\n    from ... import dispatch\n    from ..lookup import native\n    import vqkernels")
+    )
     assert visitor.found == {"vqkernels.dispatch", "vqkernels.ops.lookup.native"} & set(MODULES)
     assert visitor.bare
-    assert RANK[layer("vqkernels.nn.modules")] < RANK[layer("vqkernels.functional")] < RANK[layer("vqkernels.ops.nearest")]
+    assert (
+        RANK[layer("vqkernels.nn.modules")] < RANK[layer("vqkernels.functional")] < RANK[layer("vqkernels.ops.nearest")]
+    )
     assert layer("vqkernels.ops.nearest.native") == "backend"
 
 
@@ -158,7 +164,9 @@ def test_op_folders_are_the_registered_ops() -> None:
 def test_backend_names_are_files() -> None:
     assert {b.name for b in dispatch.BACKENDS} <= BACKENDS
     extra = {
-        p.relative_to(PACKAGE).as_posix() for p in (PACKAGE / "ops").glob("*/*.py") if p.stem not in BACKENDS | {"__init__"}
+        p.relative_to(PACKAGE).as_posix()
+        for p in (PACKAGE / "ops").glob("*/*.py")
+        if p.stem not in BACKENDS | {"__init__"}
     }
     assert not {path for path in extra if not Path(path).name.startswith("_")}
 
@@ -175,7 +183,9 @@ def test_same_stem_everywhere(op: str) -> None:
 @pytest.mark.parametrize("name", [m for m in MODULES if is_backend(m)])
 def test_backend_file_exposes_supports_and_run(name: str) -> None:
     tree = ast.parse(MODULES[name].read_text())
-    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")}
+    defined = {
+        n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")
+    }
     assert {"supports", "run"} <= defined
     assert defined - {"supports", "run"} <= OPTIONAL
 
