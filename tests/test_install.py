@@ -1,0 +1,213 @@
+"""What installing gives: a wheel for any Python, a pure one without a compiler, editable installs, loud refusals.
+
+Builds run without isolation and environments borrow the installed torch through a .pth file, so nothing is downloaded;
+`make test` itself installs under pip's default isolation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vqkernels import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+FALSE = shutil.which("false") or "/bin/false"
+BROKEN = {"CC": FALSE, "CXX": FALSE}
+needs_compiler = pytest.mark.skipif(
+    not os.environ.get("VQKERNELS_REQUIRE_NATIVE") and shutil.which("c++") is None, reason="no C++ compiler"
+)
+
+# What an installed package says about itself; prints JSON.
+PROBE = """
+import json, pathlib, torch, vqkernels
+from vqkernels import _native, ops
+found = ops.nearest(torch.tensor([[[[0.9, 0.2], [0.0, 7.0]]]]), torch.eye(2)[None])
+library = None if _native.unavailable() else _native.lib()._name
+print(json.dumps({"file": vqkernels.__file__, "path": list(vqkernels.__path__), "reason": _native.unavailable(),
+                  "library": library, "indices": found[0].flatten().tolist()}))
+"""
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This process' environment without anything that steers the build, the import or the package."""
+    drop = ("VQKERNELS_", "PYTHON", "PYTEST", "LD_PRELOAD", "CC", "CXX", "CMAKE", "SKBUILD")
+    return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | extra
+
+
+def run(*command: str | Path, cwd: Path, ok: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command, cwd=cwd, env=clean_environment(**extra), capture_output=True, text=True, check=False, timeout=570
+    )
+    assert (done.returncode == 0) is ok, done.stdout + done.stderr
+    return done
+
+
+class Environment:
+    """A virtual environment that sees the packages of this one, but not its vqkernels."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        venv.create(folder, with_pip=False, symlinks=True)
+        self.python = folder / "bin" / "python"
+        self.site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+        # Paths from a .pth come last, and .pth files inside them (an editable vqkernels) are not read.
+        borrowed = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+        (self.site / "borrowed.pth").write_text("\n".join(borrowed))
+
+    def pip(self, *arguments: str | Path, ok: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+        return run(self.python, "-m", "pip", "--no-input", *arguments, cwd=self.folder, ok=ok, **extra)
+
+    def install(self, *what: str | Path, ok: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+        flags = ("-v", "--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation")
+        return self.pip("install", *flags, *what, ok=ok, **extra)
+
+    def probe(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads(run(self.python, "-c", PROBE, cwd=self.folder).stdout)
+        assert found["indices"] == [0, 1]
+        return found
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    return Environment(tmp_path / "environment")
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """`pip install .` where no compiler works."""
+    environment = Environment(tmp_path_factory.mktemp("pure") / "environment")
+    done = environment.install(ROOT, **BROKEN)
+    assert "no working C++ compiler, installed without the native library" in done.stdout + done.stderr
+    return environment
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_wheel_serves_every_python_and_carries_the_library(environment: Environment, tmp_path: Path) -> None:
+    flags = ("--no-deps", "--no-index", "--no-build-isolation")
+    environment.pip("wheel", *flags, "-w", tmp_path, ROOT, VQKERNELS_REQUIRE_NATIVE="1")
+    (wheel,) = tmp_path.glob("*.whl")
+    name, _, python, abi, platform = wheel.stem.split("-")
+    assert (name, python, abi) == ("vqkernels", "py3", "none")
+    assert platform == sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "vqkernels/lib/libvqk_cpu.so" in names
+    assert "vqkernels/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    tops = {name.partition("/")[0] for name in names}
+    assert all(top == "vqkernels" or top.endswith(".dist-info") for top in tops)
+    assert not [name for name in names if name.endswith((".pyc", ".cpp", ".h"))]
+    environment.install(wheel)
+    found = environment.probe()
+    assert found["reason"] is None
+    assert found["library"] == str(environment.site / "vqkernels" / "lib" / "libvqk_cpu.so")
+
+
+@pytest.mark.slow
+def test_broken_compiler_still_installs_and_says_so(pure: Environment) -> None:
+    found = pure.probe()
+    assert found["library"] is None
+    assert "was not built" in str(found["reason"])
+    assert str(found["file"]).startswith(str(pure.site))
+    (metadata,) = pure.site.glob("vqkernels-*.dist-info/WHEEL")
+    assert "Tag: py3-none-any" in metadata.read_text()
+    table = run(pure.folder / "bin" / "vqkernels", "info", cwd=pure.folder).stdout
+    assert "none: libvqk_cpu.so was not built (no working C++ compiler at install time" in table
+
+
+@pytest.mark.slow
+def test_pure_install_passes_the_reference_tests(pure: Environment) -> None:
+    tests = [ROOT / "tests" / "ops" / f"test_{op}.py" for op in ("nearest", "lookup", "codebook_sum", "ema_update")]
+    flags = ("-q", "-p", "no:cacheprovider", "-m", "not slow", "-c", ROOT / "pyproject.toml")
+    done = run(pure.python, "-m", "pytest", *flags, *tests, cwd=pure.folder, PYTHONDONTWRITEBYTECODE="1")
+    closing = done.stdout.splitlines()[-1]
+    assert " passed" in closing
+    assert "failed" not in closing
+
+
+@pytest.mark.slow
+def test_explicit_native_says_why_it_is_missing(pure: Environment) -> None:
+    call = "ops.nearest(torch.eye(2)[None, None], torch.eye(2)[None], backend='native')"
+    script = f"import torch; from vqkernels import ops; {call}"
+    done = run(pure.python, "-c", script, cwd=pure.folder, ok=False)
+    assert "Unsupported: nearest: backend 'native' cannot run this call: libvqk_cpu.so was not built" in done.stderr
+
+
+@pytest.mark.slow
+def test_requiring_native_without_a_compiler_fails_clearly(environment: Environment) -> None:
+    done = environment.install(ROOT, ok=False, VQKERNELS_REQUIRE_NATIVE="1", **BROKEN)
+    text = done.stdout + done.stderr
+    assert "the native library could not be built, and VQKERNELS_REQUIRE_NATIVE is set" in text
+    assert not list(environment.site.glob("vqkernels*"))
+
+
+@pytest.mark.slow
+def test_pure_can_be_asked_for(environment: Environment) -> None:
+    # A compiler that would fail the build is never started.
+    environment.install(ROOT, VQKERNELS_PURE="1", VQKERNELS_REQUIRE_NATIVE="1", **BROKEN)
+    assert "was not built" in str(environment.probe()["reason"])
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_editable_install_finds_its_library_beside_the_sources(environment: Environment) -> None:
+    # Unoptimised: this is about files, not about kernels.
+    environment.install("-Ccmake.build-type=Debug", "-e", ROOT, VQKERNELS_REQUIRE_NATIVE="1")
+    found = environment.probe()
+    assert found["file"] == str(ROOT / "vqkernels" / "__init__.py")
+    assert found["library"] == str(environment.site / "vqkernels" / "lib" / "libvqk_cpu.so")
+    assert found["reason"] is None
+
+
+def stub(folder: Path, code: str) -> Path:
+    """A shared library made of ``code``."""
+    (folder / "stub.c").write_text(code)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "libvqk_cpu.so", "stub.c"], cwd=folder, check=True)
+    return folder / "libvqk_cpu.so"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_loader_refuses_another_abi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stub(tmp_path, "int vqk_abi_version(void) { return 999; }")
+    monkeypatch.setenv("VQKERNELS_LIBRARY", str(path))
+    library, reason = _native._load.__wrapped__()
+    assert library is None
+    assert reason == f"libvqk_cpu.so has ABI version 999, this package needs {_native.ABI_VERSION}: install it again"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("int something_else;", "vqk_abi_version"),
+        (f"int vqk_abi_version(void) {{ return {_native.ABI_VERSION}; }}", "vqk_last_error"),
+    ],
+)
+def test_loader_refuses_a_library_without_the_functions(
+    code: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VQKERNELS_LIBRARY", str(stub(tmp_path, code)))
+    library, reason = _native._load.__wrapped__()
+    assert library is None
+    assert expected in str(reason)
+
+
+def test_loader_says_what_is_wrong_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "libvqk_cpu.so"
+    for content in (None, b"not a library"):
+        if content is not None:
+            broken.write_bytes(content)
+        monkeypatch.setenv("VQKERNELS_LIBRARY", str(broken))
+        library, reason = _native._load.__wrapped__()
+        assert library is None
+        assert str(broken) in str(reason)
