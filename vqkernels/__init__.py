@@ -3,12 +3,14 @@
 from vqkernels.dispatch import Unsupported, use_backend
 from vqkernels.functional import VQOutput, codebook_sum, explain, lookup, nearest, vector_quantize
 from vqkernels.info import info
+from vqkernels.nn.vector_quantizer import VectorQuantizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Unsupported",
     "VQOutput",
+    "VectorQuantizer",
     "__version__",
     "codebook_sum",
     "explain",

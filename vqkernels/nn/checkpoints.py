@@ -1,0 +1,72 @@
+"""Other libraries' names and shapes for a codebook in a ``state_dict``, translated into ours.
+
+Called by :meth:`vqkernels.nn.VectorQuantizer.load_state_dict`. Layouts (keys below the quantizer's own prefix):
+
+* ``embedding.weight`` (K, D): taming-transformers, LDM, LlamaGen, diffusers, transformers' Chameleon/Janus, VAR
+* ``codebook.weight`` (K, D): descript-audio-codec and transformers' DAC
+* ``_codebook.embed`` (H, K, D), ``.cluster_size``, ``.embed_avg``, ``.initted``: vector-quantize-pytorch
+* ``embed`` (K, D), ``cluster_size``, ``embed_avg``, ``inited``, also below ``codebook.`` or ``_codebook.``: EnCodec
+* ``embed`` (D, K), ``cluster_size``, ``embed_avg`` (D, K), no flag: rosinality's vq-vae-2-pytorch
+* ``embed_sum`` or ``embedding_sum``, ``cluster_usage``, ``initialized``, below the same prefixes: Mimi, Moshi
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["translate"]
+
+_WEIGHTS = ("embedding.weight", "codebook.weight")
+_PREFIXES = ("", "_codebook.", "codebook.")
+_FLAGS = ("initted", "inited", "initialized", "_initialized")
+# Counters of the last tokens seen, which mean nothing here.
+_DROPPED = ("codebook_used", "used")
+
+
+def translate(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]] | None:
+    """Read a foreign layout.
+
+    Args:
+        state: the entries below the quantizer's prefix, without it.
+
+    Returns:
+        ``codebook`` and what else there is of ``cluster_size``, ``embed_avg`` and ``initialized``, and the keys that
+        were understood; ``None`` if this is no layout of the list above.
+    """
+    dropped = [key for key in _DROPPED if key in state]
+    for key in _WEIGHTS:
+        if key in state:
+            return {"codebook": state[key]}, [key, *dropped]
+    for prefix in _PREFIXES:
+        names = {name: prefix + name for name in ("cluster_size", "embed_avg") if prefix + name in state}
+        flag = next((prefix + name for name in _FLAGS if prefix + name in state), None)
+        if (key := prefix + "embed") in state:
+            found = {"codebook": state[key]} | {name: state[k] for name, k in names.items()}
+            keys = [key, *names.values()]
+            if flag is None and not prefix:
+                found = {n: t.transpose(-1, -2) if n != "cluster_size" else t for n, t in found.items()}
+        elif total := next((prefix + n for n in ("embed_sum", "embedding_sum") if prefix + n in state), None):
+            size = state[prefix + "cluster_usage"]
+            codes = state[total] / size.clamp(min=1e-5).unsqueeze(-1)
+            found = {"codebook": codes, "cluster_size": size, "embed_avg": state[total]}
+            keys = [total, prefix + "cluster_usage"]
+        else:
+            continue
+        if flag is not None:
+            found["initialized"] = state[flag].reshape(-1)[:1].bool().squeeze()
+            keys.append(flag)
+        return found, [*keys, *dropped]
+    return None
+
+
+def defaults(codebook: Tensor, cluster_size: Tensor | None) -> dict[str, Tensor]:
+    """Statistics that agree with the codes, for a layout that has none."""
+    size = torch.ones(codebook.shape[:-1], device=codebook.device) if cluster_size is None else cluster_size
+    return {
+        "cluster_size": size,
+        "embed_avg": codebook.float() * size.unsqueeze(-1),
+        "initialized": torch.ones((), dtype=torch.bool),
+    }
