@@ -49,29 +49,27 @@ VQK_INLINE uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// The 16-bit float conversions select instead of branching, so that loops over them vectorise.
 VQK_INLINE float f16_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
   // Multiplying by 2^112 re-biases the exponent and normalises subnormals exactly.
   const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);
-  return bits_to_float(sign | float_to_bits(scaled));
+  return bits_to_float(sign | special | float_to_bits(scaled));
 }
 
 // Round to nearest even, overflow to infinity, subnormals kept; NaN stays NaN.
 VQK_INLINE uint16_t float_to_f16(float value) {
   const uint32_t bits = float_to_bits(value);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
-  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
-  if (magnitude < 0x38800000u) {
-    // Adding 0.5 leaves the rounded subnormal in the low mantissa bits.
-    const float shifted = bits_to_float(magnitude) + 0.5f;
-    return sign | static_cast<uint16_t>(float_to_bits(shifted) - 0x3f000000u);
-  }
-  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-  return sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  // Adding 0.5 leaves the rounded subnormal in the low mantissa bits.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  return static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite));
 }
 
 VQK_INLINE size_t dtype_size(int32_t dtype) { return dtype == VQK_F64 ? 8 : dtype == VQK_F32 ? 4 : 2; }

@@ -91,33 +91,38 @@ struct Locate {
   bool linear;
 };
 
+// Sorted rows lie anywhere: no hardware prefetcher sees the next one coming.
+constexpr int64_t bytes_ahead = 4096;
+
+// Sum of `count` rows, order[0 .. count); order[.. available) are the rows that will be asked for next.
 template <class T>
-void add_rows(const typename T::raw *x, const Locate &locate, const int32_t *order, int64_t count, int64_t D,
-              typename T::value *__restrict out) {
+VQK_CLONES void add_rows(const typename T::raw *x, const Locate &locate, const int32_t *order, int64_t count, int64_t available,
+                         int64_t D, typename T::value *__restrict out) {
   using value = typename T::value;
   constexpr int64_t narrow = 8;
-  if (D <= 4 * narrow) {
-    // Few dims: the accumulator lives in registers, or each row waits for the store of the row before.
-    for (int64_t first = 0; first < D; first += narrow) {
-      value sum[narrow] = {};
-      const int64_t width = std::min(narrow, D - first);
-      if (width == narrow) {
-        for (int64_t i = 0; i < count; ++i) {
-          const auto *row = x + locate(order[i]) + first;
-          for (int64_t d = 0; d < narrow; ++d) sum[d] += T::get(row[d]);
-        }
-      } else {
-        for (int64_t i = 0; i < count; ++i) {
-          const auto *row = x + locate(order[i]) + first;
-          for (int64_t d = 0; d < width; ++d) sum[d] += T::get(row[d]);
-        }
-      }
-      std::copy(sum, sum + width, out + first);
+  const int64_t bytes = D * static_cast<int64_t>(sizeof *x), ahead = std::min<int64_t>(16, bytes_ahead / bytes + 1);
+  const auto fetch = [&](int64_t i) {
+    if (i + ahead >= available) return;
+    const char *row = reinterpret_cast<const char *>(x + locate(order[i + ahead]));
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+  };
+  if (D <= narrow) {
+    // Few dims: the accumulator lives in registers, or each row would wait for the store of the row before.
+    value sum[narrow] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      fetch(i);
+      const auto *row = x + locate(order[i]);
+      if (D == narrow)
+        for (int64_t d = 0; d < narrow; ++d) sum[d] += T::get(row[d]);
+      else
+        for (int64_t d = 0; d < D; ++d) sum[d] += T::get(row[d]);
     }
+    std::copy(sum, sum + D, out);
     return;
   }
   std::fill(out, out + D, value{});
   for (int64_t i = 0; i < count; ++i) {
+    fetch(i);
     const auto *__restrict row = x + locate(order[i]);
     for (int64_t d = 0; d < D; ++d) out[d] += T::get(row[d]);
   }
@@ -151,7 +156,9 @@ int32_t sum_sorted(const vqk_rows &x, const Groups &groups, int64_t codes, typen
         const int64_t first = chunk * chunk_rows;
         if (cost(g) + first >= end) break;
         value *out = size > chunk_rows ? partials.get() + (groups.slots[g] + chunk) * D : sums + g * D;
-        add_rows<T>(head, locate, groups.order.get() + edges[g] + first, std::min(chunk_rows, size - first), D, out);
+        const int64_t start = edges[g] + first;
+        add_rows<T>(head, locate, groups.order.get() + start, std::min(chunk_rows, size - first),
+                    edges[(g / codes + 1) * codes] - start, D, out);
       }
     }
   });
@@ -173,10 +180,11 @@ int32_t sum_sorted(const vqk_rows &x, const Groups &groups, int64_t codes, typen
 
 // One head and `width` dims: rows in the order of memory, each added to its code; a code's chunk moves to `carry` when full.
 template <class T, int width>
-void accumulate(const vqk_rows &x, const int64_t *indices, const Groups &groups, int64_t codes, int64_t head, int64_t first_dim,
-                typename T::value *__restrict sum, typename T::value *__restrict carry, typename T::value *sums) {
+VQK_CLONES void accumulate(const vqk_rows &x, const int64_t *indices, const Groups &groups, int64_t codes, int64_t head,
+                           int64_t first_dim, typename T::value *__restrict sum, typename T::value *__restrict carry,
+                           typename T::value *sums) {
   using value = typename T::value;
-  constexpr int64_t tile_rows = 16;
+  constexpr int64_t tile_rows = 32;
   const int64_t B = x.size[1], S = x.size[2], D = x.size[3], step = x.stride[2], dim_step = x.stride[3];
   const int64_t dims = std::min<int64_t>(width, D - first_dim);
   const int32_t *edges = groups.edges.get() + head * codes;

@@ -11,6 +11,17 @@
 
 #include "common.h"
 
+// One build per vector width, chosen when the library is loaded. Contraction is off and every order of summation is
+// spelled out, so all of them give the same bits. Sanitizers and loaders without ifunc (musl, macOS) take the baseline.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if __GNUC__ >= 12
+#define VQK_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#endif
+#endif
+#if !defined(VQK_CLONES)
+#define VQK_CLONES
+#endif
+
 namespace vqk {
 
 // One type per dtype: `raw` is what lies in memory, `value` what arithmetic uses.

@@ -220,6 +220,13 @@ using vqk::Block;
 using vqk::Kernels;
 using vqk::PackedHead;
 
+int32_t vqk_cpu_nearest_isa(int64_t num_codes, int64_t dim) {
+  const int32_t best = vqk_cpu_best_isa();
+  // A tile product takes 32 dims whatever D is, and few dims leave a bf16 screen many candidates: measured crossovers.
+  const bool few = best == VQK_AMX ? dim < 6 || (dim <= vqk::kSplitDims && num_codes < 2048) : dim <= 8;
+  return few && best >= VQK_AVX512BF16 ? static_cast<int32_t>(VQK_AVX512) : best;
+}
+
 int64_t vqk_cpu_nearest_packed_bytes(const vqk_codes *codebook, int32_t, int32_t isa) {
   const Kernels *kernels = vqk::kernels_for(isa);
   if (kernels == nullptr || codebook->size[1] < 1) return 0;
@@ -239,8 +246,8 @@ int32_t vqk_cpu_nearest_pack(const vqk_codes *codebook, int32_t metric, int32_t 
   return VQK_OK;
 }
 
-int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision, int32_t isa, const void *packed,
-                        int64_t *indices, float *score) {
+int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision, int32_t isa,
+                        const void *packed, int64_t *indices, float *score) {
   const Kernels *kernels = vqk::kernels_for(isa);
   if (kernels == nullptr) return vqk::fail(VQK_UNSUPPORTED, "instruction set %d is not available here", isa);
   if (const int32_t status = vqk::check_codes(codebook)) return status;
@@ -249,7 +256,8 @@ int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t me
   const PackedHead *first = static_cast<const PackedHead *>(packed);
   const int64_t threads = vqk::num_threads();
 
-  vqk::Search search = {x, codebook, static_cast<const char *>(packed), kernels, metric, precision, indices, score, rows, 0, 0, first->bytes};
+  vqk::Search search = {x, codebook,    static_cast<const char *>(packed), kernels, metric, precision, indices, score, rows, 0,
+                        0, first->bytes};
   // A block per thread at least, as long as each still fills the register tile.
   const int64_t share = vqk::round_up((heads * rows + threads - 1) / threads, kernels->row_tile);
   search.block_rows = share < kernels->block_rows ? share : kernels->block_rows;

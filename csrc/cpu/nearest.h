@@ -10,8 +10,12 @@
 
 namespace vqk {
 
-constexpr int kCodes = 16;          // codes per block, the unit of packing
+constexpr int kCodes = 16;           // codes per block, the unit of packing
 constexpr int64_t kMaxGroups = 512;  // groups per head: bounds the screen's strip to 2 KB per row
+
+// Up to this many dims, bf16 operands are kept in two parts, x = x1 + x2 and e = e1 + e2, side by side along the contraction:
+// [x1 x2 x1] . [e1 e1 e2]. A tile product takes 32 dims whether they are used or not, so the extra precision is free there.
+constexpr int64_t kSplitDims = 10;
 
 // |computed t - t| <= row_residual * reach + row_length * spread + offset + row_offset, for every code of a group.
 struct GroupBound {
@@ -30,10 +34,10 @@ struct PackedHead {
   int64_t blocks_per_group;  // a power of two
   int64_t groups;
   int64_t centre, bias, bounds, norms, codes;
-  double scale;       // of the codes; a power of two
-  double row_scale;   // of the rows: the same for l2, 1 otherwise
-  float reach;        // max |e'| over the head
-  int32_t scan;       // 1: no usable bound, decide every pair in float64
+  double scale;      // of the codes; a power of two
+  double row_scale;  // of the rows: the same for l2, 1 otherwise
+  float reach;       // max |e'| over the head
+  int32_t scan;      // 1: no usable bound, decide every pair in float64
   int32_t pad[4];
 };
 
@@ -42,7 +46,9 @@ VQK_INLINE float *head_floats(const PackedHead *head, int64_t offset) {
 }
 VQK_INLINE float *head_centre(const PackedHead *head) { return head_floats(head, head->centre); }  // steps * dims, zero padded
 VQK_INLINE float *head_bias(const PackedHead *head) { return head_floats(head, head->bias); }      // -|e'|^2/2; -inf: no code
-VQK_INLINE GroupBound *head_bounds(const PackedHead *head) { return reinterpret_cast<GroupBound *>(head_floats(head, head->bounds)); }
+VQK_INLINE GroupBound *head_bounds(const PackedHead *head) {
+  return reinterpret_cast<GroupBound *>(head_floats(head, head->bounds));
+}
 VQK_INLINE double *head_norms(const PackedHead *head) { return reinterpret_cast<double *>(head_floats(head, head->norms)); }
 VQK_INLINE uint32_t *head_codes(const PackedHead *head) { return reinterpret_cast<uint32_t *>(head_floats(head, head->codes)); }
 
@@ -60,13 +66,13 @@ struct Block {
   uint32_t *packed_rows;  // [row tile][steps][lanes]
   float *strip;           // [row tile][groups | 1][lanes]: best screened score of each group
   float *row_length, *row_residual, *row_offset;
-  uint8_t *row_scan;      // 1: no bound, decide against every code
-  void *row_copy;         // rows in row-major order, float or double, when x is not readable in place
-  float *convert;         // one row in screen units, one row of packed elements per lane
-  float *zeros;           // a centre of zeros
+  uint8_t *row_scan;  // 1: no bound, decide against every code
+  void *row_copy;     // rows in row-major order, float or double, when x is not readable in place
+  float *convert;     // one row in screen units, one row of packed elements per lane
+  float *zeros;       // a centre of zeros
   double *best_value;
   int64_t *best_index;
-  void *code_copy;        // 8 converted codes
+  void *code_copy;  // 8 converted codes
 };
 
 struct Kernels {

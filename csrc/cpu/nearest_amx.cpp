@@ -49,6 +49,27 @@ VQK_INLINE __m512 tile_max(const float *tile) {
 struct Amx : Bf16Base {
   VQK_SIMD_POLICY_MEMBERS(Amx)
 
+  VQK_INLINE int64_t used_steps(int64_t dim) { return dim <= kSplitDims ? 16 : (dim + 1) / 2; }
+  // Few dims: two bf16 parts per value, [x1 x2 x1] (nearest_pack.h, kSplitDims).
+  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
+                       float *error) {
+    if (dim > kSplitDims) return Bf16Base::quantise(x, centre, scale, dim, out, square, error);
+    const __mmask16 mask = tail_mask(dim);
+    const __m512 v =
+        _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, centre)), set(scale));
+    const __m256i first = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+    const __m512 rest = _mm512_sub_ps(v, widen_bf16(first));
+    const __m256i second = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
+    const __m512 lost = _mm512_sub_ps(rest, widen_bf16(second));
+    uint16_t *parts = reinterpret_cast<uint16_t *>(out);
+    _mm512_storeu_si512(out, _mm512_setzero_si512());
+    _mm256_mask_storeu_epi16(parts, mask, first);
+    _mm256_mask_storeu_epi16(parts + dim, mask, second);
+    _mm256_mask_storeu_epi16(parts + 2 * dim, mask, first);
+    *square = _mm512_reduce_add_ps(_mm512_mul_ps(v, v));
+    *error = _mm512_reduce_add_ps(_mm512_mul_ps(lost, lost));
+  }
+
   // Writes the group maxima of two tiles of codes and two of rows.
   VQK_INLINE void reduce(Block *block, const float *tiles, int64_t code_block, int64_t row_tile) {
     const int64_t per_group = block->head->blocks_per_group;
@@ -177,6 +198,7 @@ struct Amx : Bf16Base {
 
 }  // namespace
 
-const Kernels kernels_amx = {2, 16, Amx::lanes, 2 * Amx::lanes, 256, pack_codes<2, Tiled>, prepare_rows<Amx>, Amx::screen, Amx::finish};
+const Kernels kernels_amx = {
+    2, 16, Amx::lanes, 2 * Amx::lanes, 256, pack_codes<2, Tiled, true>, prepare_rows<Amx>, Amx::screen, Amx::finish};
 
 }  // namespace vqk

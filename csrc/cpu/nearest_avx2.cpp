@@ -17,6 +17,7 @@ struct Avx2 {
   VQK_INLINE V broadcast(const float *p) { return _mm256_broadcast_ss(p); }
   VQK_INLINE V load(const float *p) { return _mm256_loadu_ps(p); }
   VQK_INLINE void store(float *p, V v) { _mm256_storeu_ps(p, v); }
+  VQK_INLINE void keep(O *v) { __asm__("" : "+x"(*v)); }  // in a register from here on
   VQK_INLINE O load_operand(const uint32_t *p) { return load(reinterpret_cast<const float *>(p)); }
   VQK_INLINE O broadcast_operand(const uint32_t *p) { return broadcast(reinterpret_cast<const float *>(p)); }
   VQK_INLINE V multiply_add(O a, O b, V c) { return _mm256_fmadd_ps(a, b, c); }
@@ -43,7 +44,9 @@ struct Avx2 {
       store(reinterpret_cast<float *>(out + (i + 4) * out_pitch), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
     }
   }
-  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square, float *error) {
+  VQK_INLINE int64_t used_steps(int64_t dim) { return dim; }
+  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
+                       float *error) {
     __m256 sum = zero();
     const __m256 factor = set(scale);
     int64_t d = 0;
@@ -104,7 +107,14 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kernels_avx2 = {Avx2::dims_per_step, 1,   Avx2::lanes, Avx2::lanes * Avx2::row_vectors, 192, pack_codes<1, Interleaved>,
-                              prepare_rows<Avx2>,  screen_simd<Avx2>, finish_block<Avx2>};
+const Kernels kernels_avx2 = {Avx2::dims_per_step,
+                              1,
+                              Avx2::lanes,
+                              Avx2::lanes * Avx2::row_vectors,
+                              192,
+                              pack_codes<1, Interleaved>,
+                              prepare_rows<Avx2>,
+                              screen_simd<Avx2>,
+                              finish_block<Avx2>};
 
 }  // namespace vqk

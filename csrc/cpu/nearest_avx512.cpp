@@ -8,16 +8,20 @@ struct Avx512 : Avx512Base {
   typedef __m512 O;
   static constexpr int row_vectors = 3, code_tile = 8, dims_per_step = 1;
 
+  VQK_INLINE void keep(O *v) { __asm__("" : "+v"(*v)); }  // in a register from here on
   VQK_INLINE O load_operand(const uint32_t *p) { return load(reinterpret_cast<const float *>(p)); }
   VQK_INLINE O broadcast_operand(const uint32_t *p) { return broadcast(reinterpret_cast<const float *>(p)); }
   VQK_INLINE V multiply_add(O a, O b, V c) { return _mm512_fmadd_ps(a, b, c); }
 
-  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square, float *error) {
+  VQK_INLINE int64_t used_steps(int64_t dim) { return dim; }
+  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
+                       float *error) {
     __m512 sum = zero();
     const __m512 factor = set(scale);
     for (int64_t d = 0; d < dim; d += 16) {
       const __mmask16 mask = tail_mask(dim - d);
-      const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + d), _mm512_maskz_loadu_ps(mask, centre + d)), factor);
+      const __m512 v =
+          _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + d), _mm512_maskz_loadu_ps(mask, centre + d)), factor);
       _mm512_mask_storeu_ps(out + d, mask, v);
       sum = _mm512_fmadd_ps(v, v, sum);
     }
@@ -33,7 +37,14 @@ struct Avx512 : Avx512Base {
 
 }  // namespace
 
-const Kernels kernels_avx512 = {Avx512::dims_per_step, 1,   Avx512::lanes, Avx512::lanes * Avx512::row_vectors, 240, pack_codes<1, Interleaved>,
-                                prepare_rows<Avx512>,  screen_simd<Avx512>, finish_block<Avx512>};
+const Kernels kernels_avx512 = {Avx512::dims_per_step,
+                                1,
+                                Avx512::lanes,
+                                Avx512::lanes * Avx512::row_vectors,
+                                240,
+                                pack_codes<1, Interleaved>,
+                                prepare_rows<Avx512>,
+                                screen_simd<Avx512>,
+                                finish_block<Avx512>};
 
 }  // namespace vqk

@@ -114,7 +114,9 @@ struct Avx512Base {
     _mm512_storeu_pd(out, total);
   }
 
-  VQK_INLINE __mmask16 tail_mask(int64_t left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1); }
+  VQK_INLINE __mmask16 tail_mask(int64_t left) {
+    return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+  }
 };
 
 }  // namespace

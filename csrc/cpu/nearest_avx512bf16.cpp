@@ -8,6 +8,7 @@ struct Avx512Bf16 : Bf16Base {
   typedef __m512i O;
   static constexpr int row_vectors = 3, code_tile = 8;
 
+  VQK_INLINE void keep(O *v) { __asm__("" : "+v"(*v)); }  // in a register from here on
   VQK_INLINE O load_operand(const uint32_t *p) { return _mm512_loadu_si512(p); }
   VQK_INLINE O broadcast_operand(const uint32_t *p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   VQK_INLINE V multiply_add(O a, O b, V c) {

@@ -12,12 +12,15 @@ struct Bf16Base : Avx512Base {
 
   VQK_INLINE __m512 widen_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
-  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square, float *error) {
+  VQK_INLINE int64_t used_steps(int64_t dim) { return (dim + 1) / 2; }
+  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
+                       float *error) {
     __m512 sum0 = zero(), sum1 = zero(), lost0 = zero(), lost1 = zero();
     const __m512 factor = set(scale);
     for (int64_t d = 0; d < dim; d += 32) {
       const __mmask16 m0 = tail_mask(dim - d), m1 = tail_mask(dim - d - 16);
-      const __m512 v0 = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m0, x + d), _mm512_maskz_loadu_ps(m0, centre + d)), factor);
+      const __m512 v0 =
+          _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m0, x + d), _mm512_maskz_loadu_ps(m0, centre + d)), factor);
       const __m512 v1 =
           _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m1, x + d + 16), _mm512_maskz_loadu_ps(m1, centre + d + 16)), factor);
       const __m512i pairs = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v1, v0));

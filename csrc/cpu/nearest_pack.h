@@ -19,7 +19,8 @@ VQK_INLINE float dot_error(int64_t dim) {
 
 constexpr float kSlack = 1.0f + 0x1p-18f;  // covers the float32 arithmetic on the bounds themselves
 
-// Element-wise rounding of a code to the screen's operand: bf16 (nearest even, subnormals flushed as the hardware does) or float32.
+// Element-wise rounding of a code to the screen's operand: bf16 (nearest even, subnormals flushed as the hardware does) or
+// float32.
 template <int DimsPerStep>
 VQK_INLINE float round_operand(float value) {
   if (DimsPerStep == 1) return value;
@@ -28,13 +29,14 @@ VQK_INLINE float round_operand(float value) {
   return bits_to_float((bits & 0x7f800000u) != 0 ? bits : 0u);
 }
 
-// `Place` puts the packed elements of code c of a block: at(block_start, steps, c, step).
-template <int DimsPerStep, class Place>
+// `Place` puts the packed elements of code c of a block: at(steps, c, step). `Split`: see kSplitDims.
+template <int DimsPerStep, class Place, bool Split = false>
 int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head, int64_t begin, int64_t end,
                    GroupBound *block_bounds) {
   const int64_t dim = head->dim, steps = head->steps, dims = steps * DimsPerStep;
   const float *centre = head_centre(head);
-  const float a = dot_error(dim);
+  const bool split = Split && dim <= kSplitDims;
+  const float a = dot_error(split ? 3 * dim : dim);
   const double decision = 0x1p-49 * static_cast<double>(dim + 4);  // rounding of the float64 decision, relative
   int32_t scan = 0;
   float *value = new (std::nothrow) float[static_cast<size_t>(dims)];
@@ -67,13 +69,20 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
           head_norms(head)[k] = std::sqrt(square);
           scale = square > 0 ? 1.0 / head_norms(head)[k] : 0.0;
         }
-        double largest = 0, length = 0, residual = 0, rounded = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : length, residual, rounded)
+        double largest = 0, length = 0, residual = 0, rounded = 0, second = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : length, residual, rounded, second)
         for (int64_t d = 0; d < dim; ++d) {
           const double exact = scale * (source[d] - static_cast<double>(centre[d]));
           const float q = round_operand<DimsPerStep>(static_cast<float>(exact));
-          const double r = exact - static_cast<double>(q);
+          double r = exact - static_cast<double>(q);
           value[d] = q;
+          if (split) {
+            const float q2 = round_operand<DimsPerStep>(static_cast<float>(r));
+            value[dim + d] = q;
+            value[2 * dim + d] = q2;
+            r -= static_cast<double>(q2);
+            second += static_cast<double>(q2) * static_cast<double>(q2);
+          }
           largest = std::fabs(source[d]) > largest ? std::fabs(source[d]) : largest;
           length += exact * exact;
           residual += r * r;
@@ -94,7 +103,9 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
         } else {
           bias = metric == VQK_L2 ? length / 2 : 0.0;
           const double reach = std::sqrt(length) * (1 + 0x1p-40);
-          const double spread = std::sqrt(residual) * (1 + 0x1p-40) + reach * 0x1p-48 + a * std::sqrt(rounded) * (1 + 0x1p-40);
+          // The product x2 . e2 is left out; |x2| <= 2^-8 |x1| by rounding to nearest.
+          const double spread = std::sqrt(residual) * (1 + 0x1p-40) + reach * 0x1p-48 +
+                                a * (std::sqrt(rounded) + std::sqrt(second)) * (1 + 0x1p-7) + 0x1.02p-8 * std::sqrt(second);
           const double offset = bias * (a + 0x1p-22 + decision) + 0x1p-100;
           const float reach_up = static_cast<float>(reach) * kSlack, spread_up = static_cast<float>(spread) * kSlack;
           const float offset_up = static_cast<float>(offset) * kSlack;
@@ -104,7 +115,7 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
         }
       }
       head_bias(head)[k] = usable ? static_cast<float>(-bias) : -INFINITY;
-      for (int64_t d = usable ? dim : 0; d < dims; ++d) value[d] = 0;
+      for (int64_t d = usable ? (split ? 3 * dim : dim) : 0; d < dims; ++d) value[d] = 0;
       for (int64_t s = 0; s < steps; ++s) {
         uint32_t element;
         if (DimsPerStep == 1)
@@ -197,7 +208,7 @@ void prepare_rows(Block *block) {
   const bool exotic = wide || head->row_scale > 0x1p100 || head->row_scale < 0x1p-100;
   const float scale = static_cast<float>(exotic ? 1.0 : head->row_scale);
   const float *centre = head_centre(head);
-  float *values = block->convert;                                        // one row
+  float *values = block->convert;                                                // one row
   uint32_t *elements = reinterpret_cast<uint32_t *>(block->convert + dim + 32);  // [lanes][steps + 16]
   const int64_t pitch = steps + 16;
   const float decision = 0x1p-49f * static_cast<float>(dim + 4), floor = 0x1p-124f * static_cast<float>(dim + 32);
@@ -219,7 +230,7 @@ void prepare_rows(Block *block) {
         } else {
           P::quantise(float_row(block, r), centre, scale, dim, out, &square, &error);
         }
-        for (int64_t s = (dim + P::dims_per_step - 1) / P::dims_per_step; s < steps; ++s) out[s] = 0;
+        for (int64_t s = P::used_steps(dim); s < steps; ++s) out[s] = 0;
         const float length = std::sqrt(square + floor) * kSlack;
         // 2^-23 |x'|: rounding of x - centre and of the conversion to float32.
         const float residual = std::sqrt(error + floor) * kSlack + 0x1p-23f * length;

@@ -17,6 +17,7 @@ struct Portable {
   VQK_INLINE V broadcast(const float *p) { return set(*p); }
   VQK_INLINE V load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
   VQK_INLINE void store(float *p, V v) { *reinterpret_cast<Unaligned *>(p) = v; }
+  VQK_INLINE void keep(O *) {}
   VQK_INLINE O load_operand(const uint32_t *p) { return load(reinterpret_cast<const float *>(p)); }
   VQK_INLINE O broadcast_operand(const uint32_t *p) { return set(bits_to_float(*p)); }
   VQK_INLINE V multiply_add(O a, O b, V c) { return a * b + c; }
@@ -32,7 +33,9 @@ struct Portable {
     for (int i = 0; i < lanes; ++i)
       for (int j = 0; j < lanes; ++j) out[j * out_pitch + i] = in[i * in_pitch + j];
   }
-  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square, float *error) {
+  VQK_INLINE int64_t used_steps(int64_t dim) { return dim; }
+  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
+                       float *error) {
     V sum = zero();
     int64_t d = 0;
     for (; d + lanes <= dim; d += lanes) {
@@ -62,10 +65,14 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kernels_scalar = {Portable::dims_per_step,      1,
-                                Portable::lanes,              Portable::lanes * Portable::row_vectors,
-                                192,                          pack_codes<1, Interleaved>,
-                                prepare_rows<Portable>,       screen_simd<Portable>,
+const Kernels kernels_scalar = {Portable::dims_per_step,
+                                1,
+                                Portable::lanes,
+                                Portable::lanes * Portable::row_vectors,
+                                192,
+                                pack_codes<1, Interleaved>,
+                                prepare_rows<Portable>,
+                                screen_simd<Portable>,
                                 finish_block<Portable>};
 
 }  // namespace vqk

@@ -1,6 +1,8 @@
 // The screen on vector registers: lanes are rows, codes are broadcast, a register tile of P::code_tile codes by P::row_vectors
 // vectors of rows. Maxima over codes are then plain vertical max operations, one per pair of vectors and code.
 //
+// Running maxima stay in memory between register tiles: kept in registers they push the operands onto the stack (gcc 12).
+//
 // A policy P names the vectors of one instruction set: V (float lanes), O (operands), and the operations below.
 #ifndef VQK_CPU_NEAREST_SIMD_H
 #define VQK_CPU_NEAREST_SIMD_H
@@ -12,7 +14,7 @@ namespace {
 
 template <class P>
 VQK_INLINE void screen_tile(const uint32_t *rows, int64_t row_pitch, const uint32_t *codes, const float *bias, int64_t steps,
-                            typename P::V *best) {
+                            float *const *best, bool first) {
   typename P::V sum[P::code_tile][P::row_vectors];
 #pragma GCC unroll 8
   for (int c = 0; c < P::code_tile; ++c) {
@@ -23,7 +25,10 @@ VQK_INLINE void screen_tile(const uint32_t *rows, int64_t row_pitch, const uint3
   for (int64_t s = 0; s < steps; ++s) {
     typename P::O x[P::row_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < P::row_vectors; ++v) x[v] = P::load_operand(rows + v * row_pitch + s * P::lanes);
+    for (int v = 0; v < P::row_vectors; ++v) {
+      x[v] = P::load_operand(rows + v * row_pitch + s * P::lanes);
+      P::keep(&x[v]);
+    }
 #pragma GCC unroll 8
     for (int c = 0; c < P::code_tile; ++c) {
       const typename P::O e = P::broadcast_operand(codes + s * kCodes + c);
@@ -33,9 +38,12 @@ VQK_INLINE void screen_tile(const uint32_t *rows, int64_t row_pitch, const uint3
   }
 #pragma GCC unroll 4
   for (int v = 0; v < P::row_vectors; ++v) {
+    typename P::V most = sum[0][v];
 #pragma GCC unroll 8
-    for (int c = 0; c < P::code_tile; ++c) best[v] = P::max(best[v], sum[c][v]);
+    for (int c = 1; c < P::code_tile; ++c) most = P::max(most, sum[c][v]);
+    P::store(best[v], first ? most : P::max(most, P::load(best[v])));
   }
+  __asm__ volatile("" ::: "memory");
 }
 
 // Codes are taken in chunks that stay in L2 while every row tile of the block passes over them.
@@ -51,13 +59,12 @@ void screen_simd(Block *block, int64_t begin, int64_t end) {
     for (int64_t tile = 0; tile < block->padded_rows; tile += P::lanes * P::row_vectors) {
       const uint32_t *rows = block->packed_rows + tile * steps;
       for (int64_t first = chunk; first < stop; first += per_group) {
-        typename P::V best[P::row_vectors];
-        for (int v = 0; v < P::row_vectors; ++v) best[v] = P::lowest();
+        float *best[P::row_vectors];
+        for (int v = 0; v < P::row_vectors; ++v) best[v] = strip_at(block, P::lanes, tile + v * P::lanes, first / per_group);
         for (int64_t b = first; b < first + per_group; ++b)
           for (int c = 0; c < kCodes; c += P::code_tile)
-            screen_tile<P>(rows, steps * P::lanes, codes + b * steps * kCodes + c, bias + b * kCodes + c, steps, best);
-        for (int v = 0; v < P::row_vectors; ++v)
-          P::store(strip_at(block, P::lanes, tile + v * P::lanes, first / per_group), best[v]);
+            screen_tile<P>(rows, steps * P::lanes, codes + b * steps * kCodes + c, bias + b * kCodes + c, steps, best,
+                           b == first && c == 0);
       }
     }
   }
@@ -160,11 +167,11 @@ VQK_INLINE void candidates_simd(Block *block, int64_t tile, const float *thresho
 }  // namespace vqk
 
 // One instruction set's table of kernels from its policy.
-#define VQK_SIMD_POLICY_MEMBERS(P)                                                                                              \
+#define VQK_SIMD_POLICY_MEMBERS(P)                                                                                             \
   static void lower_bound(const float *strip, const GroupBound *bounds, int64_t groups, const float *length, const float *res, \
-                          float *out) {                                                                                         \
-    lower_bound_simd<P>(strip, bounds, groups, length, res, out);                                                               \
-  }                                                                                                                             \
+                          float *out) {                                                                                        \
+    lower_bound_simd<P>(strip, bounds, groups, length, res, out);                                                              \
+  }                                                                                                                            \
   static void largest(const float *strip, int64_t groups, float *out) { largest_simd<P>(strip, groups, out); }
 
 #endif

@@ -25,7 +25,14 @@ def supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | 
 
 def describe(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
-    return f"{_native.ISAS[_native.isa()]} kernels, {torch.get_num_threads()} threads"
+    return f"{_native.ISAS[_isa(codebook)]} kernels, {torch.get_num_threads()} threads"
+
+
+def _isa(codebook: Tensor) -> int:
+    """The instruction set that was asked for, else the fastest for these sizes."""
+    if os.environ.get("VQKERNELS_ISA", "auto") not in ("", "auto"):
+        return _native.isa()
+    return int(_native.lib().vqk_cpu_nearest_isa(codebook.shape[1], codebook.shape[2]))
 
 
 _lock = threading.Lock()
@@ -67,7 +74,7 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     score = torch.empty(x.shape[:-1], dtype=torch.float32)
     if indices.numel() == 0:
         return indices, score
-    isa = _native.isa()
+    isa = _isa(codebook)
     key = (codebook.data_ptr(), codebook.dtype, codebook.shape, codebook.stride(), metric, isa)
     codebook = codebook.contiguous()
     rows, codes = _native.rows(x), _native.codes(codebook)
