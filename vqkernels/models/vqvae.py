@@ -1,0 +1,295 @@
+"""The VQ-VAE: a strided convolutional encoder, the quantizer, and a decoder that mirrors the encoder.
+
+Used by ``vqkernels train`` and by anyone who wants a small tokeniser of images; sizes come from :class:`VQVAEConfig`.
+Source: van den Oord et al. 2017, "Neural Discrete Representation Learning" (section 4.1), with the codebook of your choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vqkernels.functional import VQOutput
+from vqkernels.models.pretrained import Pretrained
+from vqkernels.nn import VectorQuantizer
+
+__all__ = ["VQVAE", "Decoder", "Encoder", "ResidualBlock", "VQVAEConfig", "VQVAEOutput"]
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Sizes of a :class:`VQVAE`.
+
+    Args:
+        image_channels: 3 for RGB, 1 for grey.
+        base_channels: width after the first halving; every further halving doubles it, up to ``max_channels``.
+        max_channels: the widest a layer gets.
+        residual_blocks: residual blocks at the coarsest resolution, in the encoder and again in the decoder.
+        residual_channels: width inside a residual block.
+        downsample: spatial reduction, 2, 4, 8 or 16: one index stands for ``downsample`` x ``downsample`` pixels.
+        codes: number of codes K.
+        dim: length D of a code; with several heads the latents have ``heads * dim`` channels.
+        quantizer: further options of :class:`vqkernels.VectorQuantizer` (``decay``, ``metric``, ``heads``, ...).
+        checkpoint_activations: recompute the residual blocks in backward instead of keeping their activations.
+
+    Raises:
+        ValueError: a size is out of range, or ``quantizer`` sets what has its own field.
+
+    Example:
+        >>> VQVAEConfig(downsample=8).channels
+        (64, 128, 256)
+    """
+
+    image_channels: int = 3
+    base_channels: int = 64
+    max_channels: int = 256
+    residual_blocks: int = 2
+    residual_channels: int = 64
+    downsample: int = 4
+    codes: int = 512
+    dim: int = 64
+    quantizer: dict[str, Any] = field(default_factory=dict)
+    checkpoint_activations: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("image_channels", "base_channels", "max_channels", "residual_channels", "codes", "dim"):
+            _check_int(name, getattr(self, name), 1)
+        _check_int("residual_blocks", self.residual_blocks, 0)
+        if self.downsample not in (2, 4, 8, 16):
+            raise ValueError(f"downsample is {self.downsample!r}; expected 2, 4, 8 or 16")
+        if taken := sorted(self.quantizer.keys() & {"num_embeddings", "embedding_dim", "channel_dim"}):
+            raise ValueError(f"quantizer sets {taken[0]!r}; use codes and dim, the channel axis is always 1")
+
+    @property
+    def heads(self) -> int:
+        """Independent codebooks."""
+        return int(self.quantizer.get("heads", 1))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels between encoder, quantizer and decoder."""
+        return self.dim * self.heads
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Width after each halving, finest first."""
+        halvings = self.downsample.bit_length() - 1
+        return tuple(min(self.base_channels << i, self.max_channels) for i in range(halvings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VQVAEConfig:
+        """The reverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a name is unknown, or a value is out of range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"unknown VQVAEConfig field {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; expected an integer >= {least}")
+
+
+class ResidualBlock(nn.Module):
+    """``x + conv1x1(relu(conv3x3(relu(x))))``: same shape in and out, (B, C, H, W)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.project = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(F.relu(self.conv(F.relu(x))))
+
+
+class _ResidualStack(nn.ModuleList):
+    """Residual blocks one after the other, recomputed in backward if asked for."""
+
+    def __init__(self, config: VQVAEConfig, channels: int) -> None:
+        super().__init__(ResidualBlock(channels, config.residual_channels) for _ in range(config.residual_blocks))
+        self.recompute = config.checkpoint_activations
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return F.relu(x)
+
+
+class Encoder(nn.Module):
+    """Images (B, C, H, W) to latents (B, heads * dim, H / downsample, W / downsample)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        widths = (config.image_channels, *config.channels)
+        # Kernel 4 with stride 2 covers every pixel equally often, so no checkerboard is baked in.
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.mix = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
+        self.residual = _ResidualStack(config, widths[-1])
+        self.project = nn.Conv2d(widths[-1], config.latent_channels, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images
+        for layer in self.down:
+            x = F.relu(layer(x))
+        latents: Tensor = self.project(self.residual(self.mix(x)))
+        return latents
+
+
+class Decoder(nn.Module):
+    """Quantized latents (B, heads * dim, h, w) to images (B, C, h * downsample, w * downsample)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        widths = (*reversed(config.channels), config.image_channels)
+        self.mix = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.residual = _ResidualStack(config, widths[0])
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, quantized: Tensor) -> Tensor:
+        x = self.residual(self.mix(quantized))
+        for i, layer in enumerate(self.up):
+            x = layer(x if i == 0 else F.relu(x))
+        return x
+
+
+class VQVAEOutput(NamedTuple):
+    """What :meth:`VQVAE.forward` returns.
+
+    ``reconstruction`` (B, C, H, W) in about [0, 1] (not clamped, so that gradients flow); ``quantizer`` is the
+    :class:`vqkernels.VQOutput` with ``indices`` (B, h, w) and the loss terms.
+    """
+
+    reconstruction: Tensor
+    quantizer: VQOutput
+
+
+class VQVAE(Pretrained):
+    """Encoder, vector quantizer, decoder. Images are floating point in [0, 1].
+
+    Args:
+        config: sizes; default :class:`VQVAEConfig`.
+
+    Raises:
+        ValueError: the quantizer refuses one of its options.
+
+    Example:
+        >>> import torch
+        >>> model = VQVAE(VQVAEConfig(base_channels=8, residual_channels=8, codes=16, dim=4)).eval()
+        >>> images = torch.rand(2, 3, 32, 32)
+        >>> indices = model.encode(images)
+        >>> indices.shape, model.decode(indices).shape
+        (torch.Size([2, 8, 8]), torch.Size([2, 3, 32, 32]))
+    """
+
+    config: VQVAEConfig
+    config_class = VQVAEConfig
+
+    def __init__(self, config: VQVAEConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or VQVAEConfig()
+        self.encoder = Encoder(config)
+        try:
+            self.quantizer = VectorQuantizer(config.codes, config.dim, channel_dim=1, **config.quantizer)
+        except TypeError as e:
+            raise ValueError(f"quantizer is {config.quantizer!r}: {e}") from e
+        self.decoder = Decoder(config)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Encoder output before quantization.
+
+        Args:
+            images: (B, C, H, W) in [0, 1]; H and W are multiples of ``config.downsample``.
+
+        Returns:
+            (B, heads * dim, H / downsample, W / downsample).
+
+        Raises:
+            ValueError: the shape does not fit the config.
+            TypeError: the images are not floating point.
+        """
+        c, f = self.config.image_channels, self.config.downsample
+        if images.dim() != 4 or images.shape[1] != c or images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(
+                f"images has shape {tuple(images.shape)}; expected (B, {c}, H, W) with H and W multiples of {f}"
+            )
+        if not images.is_floating_point():
+            raise TypeError(f"images has dtype {images.dtype}; expected floating point in [0, 1]")
+        latents: Tensor = self.encoder(images * 2 - 1)
+        return latents
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens of images, without changing any statistic of the codebook.
+
+        Args:
+            images: as in :meth:`latents`.
+
+        Returns:
+            int64 (B, h, w), with a last dim of H if there are several heads.
+
+        Raises:
+            ValueError, TypeError: as in :meth:`latents`.
+        """
+        indices: Tensor = self._quantize_frozen(self.latents(images)).indices
+        return indices
+
+    def _quantize_frozen(self, latents: Tensor) -> VQOutput:
+        # Tokenising must not move an EMA codebook, even if the model happens to be in training mode.
+        training = self.quantizer.training
+        self.quantizer.eval()
+        try:
+            out: VQOutput = self.quantizer(latents)
+        finally:
+            self.quantizer.train(training)
+        return out
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Images of tokens.
+
+        Args:
+            indices: as :meth:`encode` returns them.
+
+        Returns:
+            (B, C, h * downsample, w * downsample), clamped to [0, 1].
+
+        Raises:
+            ValueError, TypeError: the quantizer refuses the indices.
+        """
+        quantized = self.quantizer.codes_to_output(indices)
+        return self._to_images(self.decoder(quantized)).clamp(0, 1)
+
+    @staticmethod
+    def _to_images(decoded: Tensor) -> Tensor:
+        return decoded * 0.5 + 0.5
+
+    def forward(self, images: Tensor) -> VQVAEOutput:
+        """Reconstruct ``images`` through the codebook; in training mode the quantizer learns as configured.
+
+        Args:
+            images: as in :meth:`latents`.
+
+        Returns:
+            The reconstruction and the quantizer's output.
+
+        Raises:
+            ValueError, TypeError: as in :meth:`latents`.
+        """
+        out: VQOutput = self.quantizer(self.latents(images))
+        return VQVAEOutput(self._to_images(self.decoder(out.quantized)), out)

@@ -1,0 +1,313 @@
+"""Images: the built-in photographs or a folder, checked once, split by image, cut into reproducible crops.
+
+Called by :mod:`vqkernels.training.loop`; a crop depends on (seed, its number) only, so resuming and any number of
+processes see the same crops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vqkernels.training.config import TrainingError, require
+
+__all__ = ["Crops", "ImageSet", "Split", "built_in_photographs", "evaluation_crops", "image_folder", "sample_crops"]
+
+Pixels = NDArray[np.uint8]
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+# Decoded images are kept in memory up to here; beyond it they are decoded again when a crop needs them.
+CACHE_BYTES = 1 << 30
+
+# Photographs inside the wheels of scikit-image and scikit-learn. The held-out ones share no scene with the others.
+TRAIN_PHOTOGRAPHS = (
+    "skimage/astronaut.png", "skimage/brick.png", "skimage/coffee.png", "skimage/coins.png", "sklearn/flower.jpg",
+    "skimage/grass.png", "skimage/gravel.png", "skimage/hubble_deep_field.jpg", "skimage/ihc.png", "skimage/moon.png",
+    "skimage/motorcycle_left.png", "skimage/retina.jpg",
+)  # fmt: skip
+HELD_OUT_PHOTOGRAPHS = ("skimage/camera.png", "skimage/chelsea.png", "sklearn/china.jpg", "skimage/rocket.jpg")
+PHOTOGRAPH_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
+
+
+class ImageSet:
+    """Named images of different sizes, decoded on demand to uint8 (H, W, 3).
+
+    Args:
+        names: what to call them in reports.
+        paths: where they are.
+        digests: of the files, for :meth:`fingerprint`.
+        load: path to pixels.
+    """
+
+    def __init__(
+        self, names: Sequence[str], paths: Sequence[Path], digests: Sequence[str], load: Callable[[Path], Pixels]
+    ) -> None:
+        self.names, self.paths, self.digests = list(names), list(paths), list(digests)
+        self._load = load
+        self._cache: dict[int, Pixels] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Pixels:
+        if (pixels := self._cache.get(index)) is None:
+            try:
+                pixels = self._load(self.paths[index])
+            except Exception as e:  # it was readable when the run began
+                raise TrainingError(f"{self.paths[index]} cannot be read any more: {e}") from e
+            if self._cached_bytes + pixels.nbytes <= CACHE_BYTES:
+                self._cache[index] = pixels
+                self._cached_bytes += pixels.nbytes
+        return pixels
+
+    def fingerprint(self) -> str:
+        """Changes when an image is added, removed, renamed or edited."""
+        digest = hashlib.sha256()
+        for name, content in zip(self.names, self.digests):
+            digest.update(f"{name}\0{content}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and held-out images, no image in both, and what was left out: (name, reason)."""
+
+    train: ImageSet
+    held_out: ImageSet
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+def _decode(path: Path, size: int, resize: int | None) -> Pixels:
+    """RGB pixels of the first frame; the shorter side is ``resize``, or at least ``size``."""
+    image_module, ops = require("PIL.Image"), require("PIL.ImageOps")
+    with image_module.open(path) as opened:
+        image = ops.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") would clip instead of scale
+            image = image_module.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = image_module.alpha_composite(image_module.new("RGBA", rgba.size, "white"), rgba)
+        image = image.convert("RGB")
+    shorter = min(image.size)
+    target = resize if resize is not None else max(shorter, size)
+    if target != shorter:
+        width, height = (max(target, round(side * target / shorter)) for side in image.size)
+        image = image.resize((width, height), image_module.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def _loader(size: int, resize: int | None) -> Callable[[Path], Pixels]:
+    return lambda path: _decode(path, size, resize)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def built_in_photographs(size: int, resize: int | None = None) -> Split:
+    """Twelve photographs to train on and four others to evaluate, from installed packages; nothing is downloaded.
+
+    Args:
+        size: crops will be this large.
+        resize: see :class:`TrainConfig`.
+
+    Raises:
+        TrainingError: scikit-image or scikit-learn is not installed, or its pictures are missing.
+    """
+
+    def collect(names: Sequence[str]) -> ImageSet:
+        paths = [_photograph(name) for name in names]
+        stems = [path.stem for path in paths]
+        return ImageSet(stems, paths, [_digest(path) for path in paths], _loader(size, resize))
+
+    require("PIL.Image")
+    return Split(collect(TRAIN_PHOTOGRAPHS), collect(HELD_OUT_PHOTOGRAPHS))
+
+
+def _photograph(name: str) -> Path:
+    package, _, file = name.partition("/")
+    # find_spec does not import: importing scikit-learn takes longer than reading its pictures.
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
+        raise TrainingError(f"{distribution} is not installed: pip install 'vqkernels[train]', or use --data FOLDER")
+    path = Path(spec.origin).parent / PHOTOGRAPH_FOLDERS[package] / file
+    if not path.is_file():
+        raise TrainingError(f"this installation of {package} lacks {file}: install it from its wheel, or use --data")
+    return path
+
+
+def image_folder(folder: str, size: int, resize: int | None = None, held_out: float = 0.1, threads: int = 4) -> Split:
+    """Every readable image below ``folder``, split by image.
+
+    Each file is decoded once here, so damage shows before training starts. Copies of a file count once, so that no
+    picture is on both sides. Which images are held out follows from their names alone: it is the same for every seed.
+
+    Args:
+        folder: searched recursively; files with other suffixes are ignored.
+        size: crops will be this large; smaller images are enlarged.
+        resize: see :class:`TrainConfig`.
+        held_out: share of images to hold out, at least one.
+        threads: to check files with.
+
+    Raises:
+        TrainingError: there is no such folder, or it has fewer than two readable images.
+    """
+    require("PIL.Image")
+    root = Path(folder)
+    if not root.exists():
+        raise TrainingError(f"there is no folder {folder}")
+    if not root.is_dir():
+        raise TrainingError(f"{folder} is not a folder")
+    skipped: list[tuple[str, str]] = []
+    paths = sorted(_walk(root, skipped), key=lambda path: path.relative_to(root).as_posix())
+    load = _loader(size, resize)
+
+    def check(path: Path) -> tuple[str | None, str]:
+        try:
+            load(path)
+            return _digest(path), ""
+        except Exception as e:  # decoders raise whatever the damage makes them raise
+            return None, str(e) or type(e).__name__
+
+    kept: dict[str, tuple[str, Path]] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for path, (digest, reason) in zip(paths, pool.map(check, paths)):
+            name = path.relative_to(root).as_posix()
+            if digest is None:
+                skipped.append((name, " ".join(reason.split())))
+            elif digest in kept:
+                skipped.append((name, f"copy of {kept[digest][0]}"))
+            else:
+                kept[digest] = (name, path)
+    if len(kept) < 2:
+        what = "no readable image" if not kept else "only one readable image (at least two: one is held out)"
+        unreadable = f"; skipped {len(skipped)}, first {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise TrainingError(f"{folder} has {what}{unreadable}")
+
+    order = sorted(kept, key=lambda digest: hashlib.sha256(kept[digest][0].encode()).digest())
+    count = min(max(1, round(len(kept) * held_out)), len(kept) - 1)
+    aside = set(order[:count])
+
+    def collect(out: bool) -> ImageSet:
+        chosen = [(name, path, digest) for digest, (name, path) in kept.items() if (digest in aside) == out]
+        names, files, digests = zip(*chosen)
+        return ImageSet(names, files, digests, load)
+
+    return Split(collect(False), collect(True), tuple(skipped))
+
+
+def _walk(root: Path, skipped: list[tuple[str, str]]) -> Iterator[Path]:
+    def report(error: OSError) -> None:
+        if error.filename == str(root):
+            raise TrainingError(f"{root} cannot be read: {error.strerror}") from error
+        skipped.append((str(Path(error.filename).relative_to(root)), str(error.strerror)))
+
+    for folder, folders, files in os.walk(root, onerror=report):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(folder, name)
+
+
+class Crops(torch.utils.data.Dataset[Tensor]):
+    """Random crops with flips: item i depends on (seed, i) only.
+
+    Args:
+        images: to cut from, each equally often.
+        size: side of a crop.
+        seed: of the run.
+    """
+
+    def __init__(self, images: ImageSet, size: int, seed: int) -> None:
+        self.images, self.size, self.seed = images, size, seed
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Crop number ``index`` as uint8 (3, size, size)."""
+        random = np.random.Generator(np.random.Philox(key=[self.seed, index]))
+        pixels = self.images[int(random.integers(len(self.images)))]
+        top = int(random.integers(pixels.shape[0] - self.size + 1))
+        left = int(random.integers(pixels.shape[1] - self.size + 1))
+        crop = pixels[top : top + self.size, left : left + self.size]
+        if random.integers(2):
+            crop = crop[:, ::-1]
+        return torch.from_numpy(crop.transpose(2, 0, 1).copy())
+
+
+def evaluation_crops(images: ImageSet, size: int, per_image: int, most: int = 512) -> tuple[Tensor, list[str]]:
+    """Crops on a fixed grid, the same for every seed.
+
+    Args:
+        images: held-out images.
+        size: side of a crop.
+        per_image: grid of about this many crops per image.
+        most: no more crops than this in total; of many images every n-th is used.
+
+    Returns:
+        uint8 (N, 3, size, size) and the name of the image of each crop.
+    """
+    stride = -(-len(images) * per_image // most) if len(images) * per_image > most else 1
+    crops, names = [], []
+    for index in range(0, len(images), stride):
+        pixels = images[index]
+        rows, columns = _grid(pixels.shape[0] / pixels.shape[1], per_image)
+        for top in _starts(pixels.shape[0], size, rows):
+            for left in _starts(pixels.shape[1], size, columns):
+                crops.append(pixels[top : top + size, left : left + size].transpose(2, 0, 1))
+                names.append(images.names[index])
+    return torch.from_numpy(np.stack(crops)), names
+
+
+def _grid(aspect: float, count: int) -> tuple[int, int]:
+    """Rows and columns, about ``count`` together, in the shape of the image."""
+    rows = min(max(1, round((count * aspect) ** 0.5)), count)
+    return rows, max(1, count // rows)
+
+
+def _starts(length: int, size: int, count: int) -> list[int]:
+    """``count`` starts spread evenly over ``length``, none twice."""
+    last = length - size
+    if count == 1:
+        return [last // 2]
+    return sorted({round(i * last / (count - 1)) for i in range(count)})
+
+
+def sample_crops(
+    images: ImageSet, size: int, multiple: int, count: int, largest: int = 192
+) -> tuple[Tensor, list[str]]:
+    """Larger squares for the eye: as large as the images allow, up to ``largest``, from the middle outwards.
+
+    Args:
+        images: held-out images.
+        size: smallest side (the training crops').
+        multiple: the side is a multiple of this.
+        count: number of squares, taken from the images in turn.
+        largest: longest side.
+
+    Returns:
+        uint8 (N, 3, side, side) and names.
+    """
+    chosen = [round(i * (len(images) - 1) / max(1, count - 1)) for i in range(min(count, len(images)))]
+    shortest = min(min(images[i].shape[:2]) for i in chosen)
+    side = max(size, min(shortest, largest) // multiple * multiple)
+    crops, names = [], []
+    for turn in range(count):
+        pixels = images[chosen[turn % len(chosen)]]
+        height, width = pixels.shape[:2]
+        # First the middle, then the thirds to the left and right: different parts of the same photograph.
+        shift = (0.5, 0.15, 0.85)[turn // len(chosen) % 3]
+        top, left = round((height - side) * 0.5), round((width - side) * shift)
+        crops.append(pixels[top : top + side, left : left + side].transpose(2, 0, 1))
+        names.append(images.names[chosen[turn % len(chosen)]])
+    return torch.from_numpy(np.stack(crops)), names

@@ -1,0 +1,391 @@
+"""The training loop: accelerate for devices, precision and processes; everything else is a few lines of torch.
+
+Called by :mod:`vqkernels.cli.train`; :func:`train` is the only entry.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vqkernels
+from vqkernels.models import VQVAE
+from vqkernels.training import checkpoint, data, metrics, plots
+from vqkernels.training.config import TrainConfig, TrainingError, require
+from vqkernels.training.process import Interrupt, make_accelerator, process_settings, seed_step
+from vqkernels.training.run_folder import RunFolder, write_json
+
+__all__ = ["Interrupted", "train"]
+
+EXTRAS = ("accelerate", "matplotlib", "PIL", "safetensors", "torchmetrics", "tqdm")
+CROPS_PER_IMAGE = 24
+SAMPLES = 8
+
+
+class Interrupted(Exception):
+    """Training stopped on request after saving a checkpoint; the message says how to go on."""
+
+
+def train(
+    config: TrainConfig | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train a VQ-VAE and write its run folder (docs/training.md lists the files).
+
+    Args:
+        config: what to train; default :class:`TrainConfig`, the demo.
+        resume: go on from the checkpoint in ``config.output``; the result is that of an uninterrupted run.
+        overwrite: replace a run that already lives in ``config.output``.
+        say: receives the lines of text meant for the user (main process only).
+
+    Returns:
+        What was written to metrics.json.
+
+    Raises:
+        TrainingError: something the user can put right; nothing was written unless training had begun.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+    """
+    config = config or TrainConfig()
+    for name in EXTRAS:
+        require(name)
+    if config.tensorboard:
+        require("tensorboard", "tensorboard")
+    folder = RunFolder(config.output)
+    if resume:
+        folder.check_resume(config)
+    else:
+        folder.check_free(config, overwrite)
+    with process_settings(config):
+        run = _Run(config, folder, resume, say)
+        with Interrupt() as interrupt:
+            return run.train(interrupt)
+
+
+def _load_images(config: TrainConfig) -> data.Split:
+    if config.data is None:
+        return data.built_in_photographs(config.image_size, config.resize)
+    return data.image_folder(config.data, config.image_size, config.resize, config.held_out)
+
+
+class _StepBatches(torch.utils.data.Sampler[list[int]]):
+    """Numbers of the crops of every step; a process takes its share of each step's batch."""
+
+    def __init__(self, start: int, stop: int, batch_size: int, rank: int, world: int) -> None:
+        self.start, self.stop, self.batch_size = start, stop, batch_size
+        self.share, self.rank = batch_size // world, rank
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            first = step * self.batch_size + self.rank * self.share
+            yield list(range(first, first + self.share))
+
+
+class _Run:
+    """One run in one process: everything between the checks and the last file."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, resume: bool, say: Callable[[str], None]) -> None:
+        self.config, self.folder = config, folder
+        self.step, self.seconds = 0, 0.0
+        self.history: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": []}
+        self.accelerator = make_accelerator(config)
+        self.main = self.accelerator.is_main_process
+        self.say = say if self.main else lambda line: None
+        if config.batch_size % self.accelerator.num_processes:
+            raise TrainingError(
+                f"batch_size is {config.batch_size}; expected a multiple of the {self.accelerator.num_processes} processes"
+            )
+        self.device: torch.device = self.accelerator.device
+        self.images = _load_images(config)
+        self._report_images()
+        seed_step(config.seed, 0)
+        try:
+            self.model = VQVAE(config.model).to(self.device, memory_format=torch.channels_last)
+        except (ValueError, TypeError) as e:
+            raise TrainingError(str(e)) from e
+        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, betas=(0.9, 0.95))
+        self.window = metrics.Window(config.heads, config.codes, self.device)
+        scaler_state = self._restore() if resume else None
+        self.engine, self.prepared = self.accelerator.prepare(self.model, self.optimizer)
+        if scaler_state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler_state)
+        size = config.image_size
+        self.eval_crops, self.eval_names = data.evaluation_crops(self.images.held_out, size, CROPS_PER_IMAGE)
+        if self.main:
+            folder.write_config(config) if resume else folder.start(config)
+        self.accelerator.wait_for_everyone()
+
+    def _report_images(self) -> None:
+        images = self.images
+        for name, reason in images.skipped[:20]:
+            self.say(f"skipped {name}: {reason}")
+        if len(images.skipped) > 20:
+            self.say(f"skipped {len(images.skipped) - 20} more")
+        what = "built-in photographs" if self.config.data is None else f"images in {self.config.data}"
+        self.say(f"{what}: {len(images.train)} to train on, {len(images.held_out)} held out")
+
+    # Checkpoints
+
+    def _restore(self) -> dict[str, Any] | None:
+        path = self.folder.checkpoint
+        if not path.exists():
+            self.say(f"no checkpoint in {self.folder.path} yet: starting at step 0")
+            return None
+        tensors, state = checkpoint.load_checkpoint(path)
+        checkpoint.restore_model(self.model, tensors, path)
+        try:
+            step, history, seconds = int(state["step"]), state["history"], float(state["seconds"])
+            fingerprint, scaler = state["images"], state["scaler"]
+            self.window.restore(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise TrainingError(f"checkpoint {path} is damaged: {e!r}") from e
+        if step > 0:
+            checkpoint.restore_optimizer(self.optimizer, self.names, tensors, path)
+        if fingerprint != self._fingerprint():
+            raise TrainingError(f"cannot resume {self.folder.path}: its images have changed since the checkpoint")
+        if step > self.config.steps:
+            raise TrainingError(f"steps is {self.config.steps}; the checkpoint {path} is already at step {step}")
+        self.step, self.history, self.seconds = step, history, seconds
+        if not self.main:  # the main process holds the sums of all
+            self.window.take()
+        self.say(f"resuming at step {step}")
+        return scaler if isinstance(scaler, dict) else None
+
+    def _fingerprint(self) -> list[str]:
+        return [self.images.train.fingerprint(), self.images.held_out.fingerprint()]
+
+    def _save(self) -> None:
+        self.window.reduce(self.accelerator)
+        if not self.main:
+            return
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        tensors |= checkpoint.optimizer_tensors(self.optimizer, self.names) | self.window.tensors()
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "seconds": self._elapsed(),
+            "config": self.config.to_dict(),
+            "images": self._fingerprint(),
+            "history": self.history,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        checkpoint.save_checkpoint(self.folder.checkpoint, tensors, state)
+
+    # The loop
+
+    def train(self, interrupt: Interrupt) -> dict[str, Any]:
+        config, tqdm = self.config, require("tqdm").tqdm
+        self.began = time.perf_counter()
+        loader = torch.utils.data.DataLoader(
+            data.Crops(self.images.train, config.image_size, config.seed),
+            batch_sampler=_StepBatches(
+                self.step,
+                config.steps,
+                config.batch_size,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+            ),
+            num_workers=config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        progress = tqdm(
+            total=config.steps, initial=self.step, disable=not self.main, unit="step", dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 15, desc="training",
+        )  # fmt: skip
+        with progress, self._tensorboard() as board:
+            for batch in loader:
+                self._step(batch)
+                progress.update()
+                self._after_step(interrupt, progress, board)
+        return self._finish()
+
+    def _step(self, batch: Tensor) -> None:
+        seed_step(self.config.seed, self.step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        images = metrics.to_unit(batch, self.device).contiguous(memory_format=torch.channels_last)
+        out = self.engine(images)
+        reconstruction = torch.nn.functional.mse_loss(out.reconstruction.float(), images)
+        loss = reconstruction + self.config.codebook_weight * out.quantizer.loss
+        self.prepared.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        self.prepared.step()
+        self.step += 1
+        terms = {
+            "loss": loss,
+            "reconstruction": reconstruction,
+            "codebook": out.quantizer.codebook_loss,
+            "commitment": out.quantizer.commitment_loss,
+        }
+        self.window.add(terms, metrics.count_codes(out.quantizer.indices, self.config.model))
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up over 2 % of the steps, then a cosine down to 5 %; a function of the step alone."""
+        warm_up = max(1, self.config.steps // 50)
+        if self.step < warm_up:
+            return self.config.lr * (self.step + 1) / warm_up
+        progress = (self.step - warm_up) / max(1, self.config.steps - warm_up)
+        return self.config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def _after_step(self, interrupt: Interrupt, progress: Any, board: Any) -> None:
+        config, last = self.config, self.step == self.config.steps
+        if self.step % config.log_every == 0 or last:
+            self._log(progress, board)
+        evaluated = self.step % config.eval_every == 0 or last
+        if evaluated and self.main:
+            line = {"step": self.step, **metrics.evaluate(
+                self.model, self.eval_crops, self.eval_names, self.device, config.batch_size
+            )}  # fmt: skip
+            self.history["held_out"].append(line)
+            self._write_board(board, "held_out", line)
+            progress.write(
+                f"step {self.step}: held-out PSNR {line['psnr']:.2f} dB, SSIM {line['ssim']:.3f}, "
+                f"usage {line['usage']:.0%}, perplexity {line['perplexity']:.0f}",
+                file=sys.stderr,
+            )
+        stopping = self._agree(interrupt.requested)
+        if self.step % config.checkpoint_every == 0 or last or stopping:
+            self._save()
+        if evaluated and not last and self.main:
+            self._write_results(finished=False)
+        self.accelerator.wait_for_everyone()
+        if stopping and not last:
+            raise Interrupted(
+                f"stopped at step {self.step} of {config.steps}; go on with: "
+                f"vqkernels train --output {self.folder.path} --resume"
+            )
+
+    def _agree(self, requested: bool) -> bool:
+        """Whether to stop now; with several processes all find out at the same step."""
+        if self.accelerator.num_processes == 1:
+            return requested
+        if self.step % self.config.log_every:
+            return False
+        votes = self.accelerator.reduce(torch.tensor(float(requested), device=self.device), "sum")
+        return bool(votes.item())
+
+    def _log(self, progress: Any, board: Any) -> None:
+        self.window.reduce(self.accelerator)
+        failed = torch.zeros((), device=self.device)
+        if self.main:
+            line = {"step": self.step, **self.window.take()}
+            failed += float(not math.isfinite(line["loss"]))
+            self.history["train"].append(line)
+            self._write_board(board, "train", line)
+            progress.set_postfix_str(
+                f"recon {line['reconstruction']:.4f}, commit {line['commitment']:.4f}, "
+                f"PSNR {line['psnr']:.1f} dB, usage {line['usage']:.0%}, perplexity {line['perplexity']:.0f}"
+            )
+        if self.accelerator.num_processes > 1:
+            failed = self.accelerator.reduce(failed, "sum")
+        if failed.item():
+            kept = (
+                f"; the checkpoint {self.folder.checkpoint} is from before" if self.folder.checkpoint.exists() else ""
+            )
+            raise TrainingError(
+                f"the loss is not finite at step {self.step}: try a smaller --lr than {self.config.lr}{kept}"
+            )
+
+    # TensorBoard
+
+    def _tensorboard(self) -> Any:
+        if not (self.config.tensorboard and self.main):
+            return nullcontext()
+        writer = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        return writer(str(self.folder.tensorboard), purge_step=self.step + 1)
+
+    @staticmethod
+    def _write_board(board: Any, group: str, line: dict[str, Any]) -> None:
+        if board is not None:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, float):
+                    board.add_scalar(f"{group}/{name}", value, line["step"])
+
+    # Results
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.began
+
+    def _write_results(self, finished: bool) -> dict[str, Any]:
+        """metrics.json, both pictures and the model; each in one step."""
+        config, last = self.config, self.history["held_out"][-1]
+        title = f"step {last['step']}: held-out PSNR {last['psnr']:.2f} dB, SSIM {last['ssim']:.3f}, {config.downsample}x downsampling, {config.codes} codes"
+        originals, labels = data.sample_crops(self.images.held_out, config.image_size, config.downsample, SAMPLES)
+        restored = self._reconstruct(originals)
+        errors = (restored.double() - originals.double()).div(255).square().mean((1, 2, 3)).clamp(min=1e-12)
+        labels = [f"{name} {-10 * math.log10(e):.1f} dB" for name, e in zip(labels, errors.tolist())]
+        plots.sample_grid(self.folder.samples, originals, restored, labels, title)
+        plots.curves(self.folder.curves, self.history, config.codes, title)
+        self.model.save_pretrained(self.folder.model)
+        seconds = self._elapsed()
+        result = {
+            "finished": finished,
+            "step": self.step,
+            "final": last,
+            "images": {"train": self.images.train.names, "held_out": self.images.held_out.names}
+            if config.data is None
+            else {
+                "train": len(self.images.train),
+                "held_out": len(self.images.held_out),
+                "skipped": len(self.images.skipped),
+            },
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "bits_per_pixel": config.heads * math.log2(config.codes) / config.downsample**2,
+            "environment": self._environment(),
+            "history": self.history,
+            # The only part that differs between two runs with the same seed on the same machine.
+            "timing": {
+                "seconds": round(seconds, 2),
+                "crops_per_second": round(self.step * config.batch_size / seconds, 1),
+            },
+        }
+        write_json(self.folder.metrics, result)
+        return result
+
+    def _environment(self) -> dict[str, Any]:
+        x = torch.zeros(1, self.config.dim, device=self.device)
+        chosen = vqkernels.explain("nearest", x, x).partition("\n")[0].rpartition(" ")[2]
+        return {
+            "vqkernels": vqkernels.__version__,
+            "torch": torch.__version__,
+            "device": str(self.device),
+            "backend": chosen,
+            "threads": torch.get_num_threads(),
+            "processes": self.accelerator.num_processes,
+        }
+
+    @torch.no_grad()
+    def _reconstruct(self, images: Tensor) -> Tensor:
+        self.model.eval()
+        restored = [
+            self.model(metrics.to_unit(image[None], self.device)).reconstruction.float().clamp(0, 1).cpu()
+            for image in images
+        ]
+        self.model.train()
+        return (torch.cat(restored) * 255).round().to(torch.uint8)
+
+    def _finish(self) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        if self.main:
+            result = self._write_results(finished=True)
+            last = result["final"]
+            self.say(
+                f"held-out: PSNR {last['psnr']:.2f} dB (pooled {last['psnr_pooled']:.2f}), SSIM {last['ssim']:.3f}, "
+                f"codebook usage {last['usage']:.1%}, perplexity {last['perplexity']:.0f} of {self.config.codes}\n"
+                f"{result['timing']['seconds']:.0f} s on {result['environment']['device']}, "
+                f"backend {result['environment']['backend']}\n"
+                f"wrote {self.folder.samples}, {self.folder.curves}, {self.folder.metrics}, {self.folder.model}"
+            )
+        self.accelerator.wait_for_everyone()
+        return json.loads(json.dumps(result)) if result else result
