@@ -34,8 +34,9 @@ format: $(VENV)/.dev  ## rewrite the sources in the style that `check` wants
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: $(VENV)/.dev  ## the benchmarks against other libraries (ARGS goes to benchmarks/run.py)
-	$(BIN)/vqkernels bench $(ARGS)
+bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables and charts (ARGS goes to benchmarks.run)
+	$(BIN)/python -m benchmarks.run $(or $(ARGS),--all)
+	$(if $(ARGS),,$(BIN)/python -m benchmarks.report)
 
 # No network: builds with what the machine has, in an environment that sees the machine's torch and pytest.
 gpu:  ## on a CUDA machine, without network: build, show what runs where, run the suite
@@ -64,12 +65,14 @@ clean:  ## remove environments, builds and caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) -m venv failed (on Debian: apt install python3-venv)"; exit 1; }
 
 $(VENV)/.demo: $(BIN)/python $(BUILT_FROM)
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[demo]'
+	@echo "installing into $(VENV) (torch and what the demo needs, a minute or two)"
+	$(BIN)/python -m pip install -q --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python $(BUILT_FROM)
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@echo "installing into $(VENV) (torch and the development tools, a few minutes)"
+	$(BIN)/python -m pip install -q --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.demo $@

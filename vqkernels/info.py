@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -62,15 +63,17 @@ class Info:
             ("cuda", cuda["reason"] or cuda["device"]),
             *self.environment.items(),
         ]
-        rows = [("op", "backend", *DEVICES)]
+        rows: list[tuple[str, ...]] = [("op", "backend", *DEVICES)]
         for op in dispatch.OPS:
             for backend in dispatch.BACKENDS:
-                found = {e["device"]: e["reason"] for e in self.backends if (e["op"], e["backend"]) == (op, backend.name)}
+                found = {
+                    e["device"]: e["reason"] for e in self.backends if (e["op"], e["backend"]) == (op, backend.name)
+                }
                 rows.append((op, backend.name, *(found[device] or "yes" for device in DEVICES)))
         return "\n".join([*_columns(facts), "", *_columns(rows)])
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
