@@ -130,7 +130,7 @@ SEARCH: dict[str, Contestant] = {
 
 
 def search_peers(names: list[str] | None, isas: list[str]) -> list[Contestant]:
-    """Ours first, then forced instruction sets, then the peers that were asked for (all but ``reference`` by default)."""
+    """Ours first, then forced instruction sets, then the peers asked for (by default all but ``reference``)."""
     chosen = ["cdist", "addmm", "compile", "faiss"] if names is None else names
     return [ours(), *(ours(isa) for isa in isas if isa != "auto"), *(SEARCH[name] for name in chosen)]
 

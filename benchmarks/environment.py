@@ -34,11 +34,9 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     found = dict(re.findall(r"^(model name|cpu family|model|stepping)\s*:\s*(.*)$", text, re.MULTILINE))
-    name = re.sub(
-        r"\((R|TM)\)|\s+", lambda m: " " if m.group(0).isspace() else "", found.get("model name", platform.machine())
-    )
+    name = " ".join(re.sub(r"\((R|TM)\)", "", found.get("model name", platform.machine())).split())
     numbers = ", ".join(f"{key.removeprefix('cpu ')} {found[key]}" for key in ("cpu family", "model") if key in found)
-    return f"{name.strip()} ({numbers})" if numbers else name.strip()
+    return f"{name} ({numbers})" if numbers else name
 
 
 def device() -> dict[str, Any]:

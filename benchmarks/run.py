@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import BY_NAME, MEMORY, SEARCH, TRAIN
+from benchmarks.cases import BY_NAME, MEMORY, SEARCH, TRAIN, shrink
 
 PEERS = ("cdist", "addmm", "compile", "faiss", "reference")
 ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16", "amx")
@@ -56,10 +56,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=15.0, help="per case; at least 5 rounds (default: %(default)s)"
     )
+    parser.add_argument("--json", type=Path, help="write the records to this file instead of results/<device>/")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="instead of benchmarks/results/<device>")
     parser.add_argument(
-        "--json", type=Path, help="write the records of this run to this file instead of results/<device>/"
+        "--quick", action="store_true", help="tiny sizes, three rounds; saved only with --json, --results"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, three rounds, nothing saved unless --json")
     parser.add_argument("--resume", action="store_true", help="skip cases that were measured at this very commit")
     parser.add_argument("--check", action="store_true", help="compare saved results with the acceptance bars")
     options = parser.parse_args(arguments)
@@ -85,7 +86,7 @@ class _Results:
 
         self.stamp = {**environment, "commit": env.commit(), "command": _command()}
         self.path: Path | None = options.json
-        self.folder = None if options.quick or options.json else env.results_folder()
+        self.folder = None if options.json else options.results or (None if options.quick else env.results_folder())
         self.new: list[dict[str, Any]] = []
 
     def _file(self, kind: str) -> dict[str, Any]:
@@ -114,7 +115,8 @@ class _Results:
 
 
 def _command() -> str:
-    words = [a for i, a in enumerate(sys.argv[1:]) if a != "--json" and sys.argv[i] != "--json"]
+    hidden = ("--json", "--results")  # paths of a machine stay out of the results
+    words = [a for i, a in enumerate(sys.argv[1:]) if a not in hidden and sys.argv[i] not in hidden]
     return " ".join(["python -m benchmarks.run", *words])
 
 
@@ -166,9 +168,10 @@ def main(arguments: list[str] | None = None) -> int:
     if ran:
         status = _measure(options)
     if options.check or (options.all and not options.quick and options.json is None):
-        results = check.load(env.results_folder())
+        folder = options.results or env.results_folder()
+        results = check.load(folder)
         text, good = check.table(results)
-        print(f"\nbars, from {env.results_folder().relative_to(env.ROOT)}:\n{text}")
+        print(f"\nbars, from the results in {folder.name}:\n{text}")
         record = results.get("search", {}).get("vqgan-big", {})
         _print_peaks(record.get("peaks", {}), None if record else "no results yet")
         if options.check and not good:
@@ -204,7 +207,7 @@ def _measure(options: argparse.Namespace) -> int:
             if options.resume and results.done(op, first):
                 print(f"[{op} {number}/{len(cases)}] {name}: measured before at this commit, skipped")
                 continue
-            size = "" if op == "scaling" else f" ({BY_NAME[name].size})"
+            size = "" if op == "scaling" else f" ({(shrink(BY_NAME[name]) if options.quick else BY_NAME[name]).size})"
             print(f"[{op} {number}/{len(cases)}] {name}{size}, {time.monotonic() - begin:.0f} s so far", flush=True)
             try:
                 if op == "search":

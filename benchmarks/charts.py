@@ -1,0 +1,210 @@
+"""The charts of the results: speed-up of the search, training step, memory, scaling.
+
+Called by ``report``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw"]
+
+Record = dict[str, Any]
+OURS, PEER, DARK, INK = "#0b7a75", "#9bb7c4", "#5b7c8d", "#222222"
+
+
+def draw(results: dict[str, dict[str, Record]], folder: Path) -> list[Path]:
+    """Draw what there are results for.
+
+    Returns:
+        The files written.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print("no charts: matplotlib is not installed (pip install matplotlib)")
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "figure.facecolor": "white",
+            "savefig.dpi": 160,
+        }
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind, plot in (("search", _search), ("train", _train), ("memory", _memory), ("scaling", _scaling)):
+        if cases := results.get(kind):
+            figure = plot(plt, cases)
+            if figure is None:
+                continue
+            path = folder / f"bench-{kind}.png"
+            figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+            plt.close(figure)
+            written.append(path)
+    return written
+
+
+def _caption(figure: Any, records: list[Record], more: str = "") -> None:
+    stamp = records[0]["environment"]
+    v = stamp["versions"]
+    isa = stamp["native"].get("isa", "reference").upper()
+    lines = [
+        f"{stamp['device']['cpu']}, {stamp['threads']} threads, {isa} kernels; float32 in, exact indices.",
+        f"torch {v['torch']}, faiss {v['faiss-cpu']}, vector-quantize-pytorch {v['vector-quantize-pytorch']}; "
+        f"commit {stamp['commit']}, {stamp['date'].split()[0]}. {more}",
+    ]
+    figure.text(
+        0.0, 0.0, "\n".join(lines), fontsize=7.5, color="#666666", va="top", ha="left", transform=figure.transFigure
+    )
+
+
+def _bars(axes: Axes, labels: list[str], groups: list[tuple[str, str, list[float | None]]], unit: str) -> None:
+    """Horizontal groups of bars with their values, first group on top."""
+    height = 0.8 / len(groups)
+    for g, (title, colour, values) in enumerate(groups):
+        for i, value in enumerate(values):
+            if value is None:
+                continue
+            y = i + (g - (len(groups) - 1) / 2) * height
+            axes.barh(y, value, height * 0.92, color=colour, label=title if i == 0 else None, zorder=2)
+            text = f"{value:.1f}{unit}" if value < 100 else f"{value:.0f}{unit}"
+            weight = "bold" if colour == OURS else "normal"
+            axes.annotate(
+                text, (value, y), (3, 0), textcoords="offset points", va="center", fontsize=7.5, weight=weight
+            )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#e6e6e6", zorder=0)
+
+
+def _search(plt: Any, cases: dict[str, Record]) -> Any:
+    from benchmarks.report import README_CASES
+
+    records = [cases[name] for name in README_CASES if name in cases and cases[name].get("over_cdist")]
+    if not records:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 0.62 * len(records) + 0.9))
+    labels = [f"{r['title']}\n{r['size']}" for r in records]
+    groups = [
+        (title, colour, [r["over_cdist"].get(name, {}).get("median") for r in records])
+        for name, title, colour in (
+            ("vqkernels", "vqkernels (exact)", OURS),
+            ("faiss", "faiss-cpu", DARK),
+            ("compile", "torch.compile(addmm + argmin)", PEER),
+        )
+    ]
+    _bars(axes, labels, groups, "x")
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1x", "2x", "5x", "10x", "20x", "50x", "100x"])
+    axes.set_xlim(0.5, 1.6 * max(v for _, _, values in groups for v in values if v is not None))
+    axes.axvline(1, color=INK, linewidth=0.8, zorder=3)
+    axes.set_xlabel("times as fast as torch.cdist + argmin (log scale)")
+    axes.tick_params(axis="y", labelsize=8.5)
+    axes.set_title("Nearest-code search", loc="left", weight="bold", fontsize=12)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8.5, borderaxespad=0.2)
+    _caption(figure, records, "Medians of per-round ratios.")
+    return figure
+
+
+def _train(plt: Any, cases: dict[str, Record]) -> Any:
+    records = [r for r in cases.values() if "vqtorch-ema" in r["speedup"]]
+    if not records:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 0.6 * len(records) + 0.6))
+    labels = [f"{r['title']}\n{r['size']}" for r in records]
+    groups = [
+        ("EMA codebook", OURS, [r["speedup"]["vqtorch-ema"]["median"] for r in records]),
+        ("learned codebook (Adam)", PEER, [r["speedup"].get("vqtorch-learn", {}).get("median") for r in records]),
+    ]
+    _bars(axes, labels, groups, "x")
+    axes.axvline(1, color=INK, linewidth=0.8, zorder=3)
+    axes.margins(x=0.12)
+    axes.set_xlabel("times as fast as vector-quantize-pytorch")
+    axes.tick_params(axis="y", labelsize=8.5)
+    axes.set_title("Training step: forward, backward, update", loc="left", weight="bold", fontsize=12)
+    axes.legend(loc="lower right", frameon=False, fontsize=8.5)
+    _caption(figure, records, "Medians of per-round ratios.")
+    return figure
+
+
+def _memory(plt: Any, cases: dict[str, Record]) -> Any:
+    records = list(cases.values())
+    figure, panels = plt.subplots(len(records), 1, figsize=(8, 1.9 * len(records) + 0.4), squeeze=False)
+    for axes, r in zip(panels[:, 0], records, strict=True):
+        entries = list(r["results"].values())
+        operation = {"search": "search", "train": "training step"}
+        labels = [
+            f"{operation[e['op']]}: {e['title'].replace('vector-quantize-pytorch', 'vq-pytorch')}" for e in entries
+        ]
+        measured = [e["mib"] for e in entries if "mib" in e]
+        for i, e in enumerate(entries):
+            if "mib" not in e:
+                axes.annotate(
+                    e["not_run"], (0.1, i), (3, 0), textcoords="offset points", va="center", fontsize=7, style="italic"
+                )
+                continue
+            value = max(e["mib"], 0.1)
+            axes.barh(i, value, 0.75, color=OURS if "vqkernels" in e["title"] else PEER, zorder=2)
+            text = (
+                f"{e['mib']:.1f} MiB"
+                if e["mib"] < 100
+                else f"{e['mib'] / 1024:.2f} GiB"
+                if e["mib"] >= 1000
+                else f"{e['mib']:.0f} MiB"
+            )
+            axes.annotate(text, (value, i), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+        axes.set_yticks(range(len(labels)), labels, fontsize=7.5)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.set_xscale("log")
+        axes.set_xlim(0.1, 6 * max([*measured, 1.0]))
+        axes.grid(axis="x", color="#e6e6e6", zorder=0)
+        axes.set_title(f"{r['title']}, {r['size']}", loc="left", fontsize=9)
+    panels[-1, 0].set_xlabel("peak memory that one call adds, MiB (log scale)")
+    figure.suptitle("Memory", x=0.02, ha="left", weight="bold", fontsize=12)
+    figure.tight_layout()
+    _caption(figure, records)
+    return figure
+
+
+def _scaling(plt: Any, cases: dict[str, Record]) -> Any:
+    letter = {"rows": "N", "codes": "K", "dim": "D"}
+    figure, panels = plt.subplots(1, len(cases), figsize=(3.1 * len(cases), 2.9), sharey=True, squeeze=False)
+    for axes, (axis, r) in zip(panels[0], cases.items(), strict=True):
+        values, took = r["values"], [m["median"] for m in r["ms"]]
+        line = [took[-1] * v / values[-1] for v in values]
+        axes.plot(values, line, color="#bbbbbb", linewidth=1.2, linestyle="--", label="linear")
+        axes.errorbar(
+            values,
+            took,
+            yerr=[[m["median"] - m["q25"] for m in r["ms"]], [m["q75"] - m["median"] for m in r["ms"]]],
+            color=OURS,
+            marker="o",
+            markersize=4,
+            linewidth=1.5,
+            label="measured",
+        )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(letter[axis])
+        axes.grid(color="#eeeeee")
+        fixed = ", ".join(f"{letter[k]} = {v}" for k, v in r["fixed"].items())
+        axes.set_title(f"time ~ {letter[axis]}^{r['exponent']:.2f}\n{fixed}", fontsize=9)
+    panels[0, 0].set_ylabel("milliseconds")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    _caption(figure, list(cases.values()))
+    return figure

@@ -1,0 +1,257 @@
+"""Results files -> tables between markers in the Markdown files, and charts: ``python -m benchmarks.report``.
+
+Reads ``benchmarks/results/<device>/*.json``, nothing else: a number in the documents is a number that
+``benchmarks.run`` wrote. Run it again at any time; it replaces what it wrote before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import check
+from benchmarks.environment import RESULTS, ROOT
+
+__all__ = ["main"]
+
+Record = dict[str, Any]
+IMAGES = ROOT / "docs" / "img"
+# The README shows models; streaming frames and the first training step are in benchmarks/README.md.
+README_CASES = (
+    "vqvae-cifar",
+    "vqgan-1024",
+    "vqgan-16384",
+    "vqgan-big",
+    "encodec",
+    "var",
+    "llamagen",
+    "dac",
+    "ldm-f4",
+)
+PEERS = {"cdist": "torch.cdist + argmin", "addmm": "addmm + argmin", "compile": "torch.compile", "faiss": "faiss-cpu"}
+
+
+def _times(value: float) -> str:
+    return f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
+
+
+def _milliseconds(value: float) -> str:
+    return (
+        f"{value:.3f}"
+        if value < 1
+        else f"{value:.2f}"
+        if value < 10
+        else f"{value:.1f}"
+        if value < 100
+        else f"{value:.0f}"
+    )
+
+
+def _percent(value: float) -> str:
+    return "0" if value == 0 else f"{value:.2g}"
+
+
+def _markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    rule = ["---" if i < left else "--:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def _conditions(records: list[Record]) -> str:
+    """One sentence: where, with what, when."""
+    stamps = [r["environment"] for r in records]
+    first = stamps[0]
+    versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items() if v != "not installed" and k != "vqkernels")
+    commits = " and ".join(sorted({s["commit"] for s in stamps}))
+    dates = sorted({s["date"] for s in stamps})
+    isa = first["native"].get("isa", "reference")
+    return (
+        f"{first['device']['cpu']}, {first['threads']} threads for every contestant, {isa.upper()} kernels; "
+        f"{versions}; commit {commits}, {dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}."
+    )
+
+
+def _ordered(cases: dict[str, Record], names: tuple[str, ...] | None = None) -> list[Record]:
+    from benchmarks.cases import BY_NAME
+
+    return [cases[name] for name in (names or tuple(BY_NAME)) if name in cases]
+
+
+def _search_short(cases: dict[str, Record]) -> str:
+    records = _ordered(cases, README_CASES)
+    rows = []
+    for r in records:
+        speed = [_times(r["speedup"][p]["median"]) if p in r["speedup"] else "-" for p in PEERS]
+        rows.append(
+            [r["title"], r["size"], r["metric"], _milliseconds(r["results"]["vqkernels"]["ms"]["median"]), *speed]
+        )
+    header = ["search", "N x K x D", "metric", "vqkernels, ms", *(f"vs {title}" for title in PEERS.values())]
+    return _markdown(header, rows, 3) + "\n\n" + "Medians of per-round ratios. " + _conditions(records)
+
+
+def _search_long(cases: dict[str, Record]) -> str:
+    records = _ordered(cases)
+    rows = []
+    for r in records:
+        for i, (name, result) in enumerate(r["results"].items()):
+            ms, share, ratio = result["ms"], result["fraction_of_peak"], r["speedup"].get(name)
+            rows.append(
+                [
+                    f"{r['title']} ({r['size']}, {r['metric']})" if i == 0 else "",
+                    result["title"],
+                    f"{_milliseconds(ms['median'])} [{_milliseconds(ms['q25'])}, {_milliseconds(ms['q75'])}]",
+                    f"{result['gflops']:.0f}",
+                    "-" if share is None else f"{100 * share:.0f} % of {result['peak']}",
+                    "" if ratio is None else f"{ratio['median']:.2f}x [{ratio['q25']:.2f}, {ratio['q75']:.2f}]",
+                    _percent(result["wrong_rows_percent"]),
+                ]
+            )
+    header = ["case", "contestant", "ms [quartiles]", "GFLOP/s", "of peak", "times as long as ours", "wrong rows, %"]
+    checked = (
+        f"Wrong rows: of the rows compared with the float64 oracle ({min(r['checked_rows'] for r in records)} or more)."
+    )
+    return _markdown(header, rows, 2) + f"\n\n{checked} " + _conditions(records)
+
+
+def _peaks(cases: dict[str, Record]) -> str:
+    from benchmarks.peak import LABELS, merge
+
+    best = merge(*(r["peaks"] for r in cases.values()))
+    rows = [[LABELS[name], f"{rate / 1e9:.0f}"] for name, rate in best.items()]
+    return _markdown(["peak, all threads", "G/s"], rows)
+
+
+def _train(cases: dict[str, Record]) -> str:
+    rows = []
+    for r in _ordered(cases):
+        for kind, title in (("ema", "EMA"), ("learn", "learned, Adam")):
+            ours, peer = r["results"].get(f"vqkernels-{kind}"), r["results"].get(f"vqtorch-{kind}")
+            if ours is None or peer is None:
+                continue
+            ratio = r["speedup"][f"vqtorch-{kind}"]
+            rows.append(
+                [
+                    r["title"],
+                    r["size"],
+                    title,
+                    _milliseconds(ours["ms"]["median"]),
+                    _milliseconds(peer["ms"]["median"]),
+                    f"{_times(ratio['median'])} [{_times(ratio['q25'])}, {_times(ratio['q75'])}]",
+                ]
+            )
+    header = [
+        "training step",
+        "N x K x D",
+        "codebook",
+        "vqkernels, ms",
+        "vector-quantize-pytorch, ms",
+        "ratio [quartiles]",
+    ]
+    note = "Forward, backward with a gradient from the decoder, codebook update; straight-through, the same settings. "
+    return _markdown(header, rows, 3) + "\n\n" + note + _conditions(_ordered(cases))
+
+
+def _memory(cases: dict[str, Record]) -> str:
+    rows = []
+    for r in _ordered(cases):
+        for entry in r["results"].values():
+            found = f"{entry['mib']:.1f}" if "mib" in entry else f"not run: {entry['not_run']}"
+            rows.append(
+                [
+                    f"{r['title']} ({r['size']})",
+                    {"search": "search", "train": "training step"}[entry["op"]],
+                    entry["title"],
+                    found,
+                ]
+            )
+    header = ["case", "operation", "contestant", "peak memory added, MiB"]
+    note = "By how much one call raises the resident set of a process that already holds inputs and parameters. "
+    return _markdown(header, rows, 3) + "\n\n" + note + _conditions(_ordered(cases))
+
+
+def _scaling(cases: dict[str, Record]) -> str:
+    letter = {"rows": "N", "codes": "K", "dim": "D"}
+    rows = []
+    for axis, r in cases.items():
+        fixed = ", ".join(f"{letter[k]} = {v}" for k, v in r["fixed"].items())
+        span = f"{r['values'][0]} .. {r['values'][-1]}"
+        took = f"{_milliseconds(r['ms'][0]['median'])} .. {_milliseconds(r['ms'][-1]['median'])}"
+        rows.append([letter[axis], span, fixed, took, f"{r['exponent']:.2f}"])
+    header = ["grows", "from .. to", "fixed", "ms", "time ~ size^"]
+    return _markdown(header, rows, 3) + "\n\n" + _conditions(list(cases.values()))
+
+
+def _floors(cases: dict[str, Record]) -> str:
+    rows = []
+    for r in _ordered(cases):
+        floors = r["floors_ms"]
+        if not floors:
+            continue
+        limit = max(floors, key=lambda name: floors[name])
+        took = r["results"]["vqkernels"]["ms"]["median"]
+        cells = [_milliseconds(floors[k]) if k in floors else "-" for k in ("products", "maximum", "bytes")]
+        rows.append([r["title"], r["size"], *cells, _milliseconds(took), limit, f"{100 * floors[limit] / took:.0f} %"])
+    header = ["case", "N x K x D", "products", "maximum", "bytes", "measured", "binding floor", "reached"]
+    return _markdown(header, rows, 2) + "\n\nMilliseconds. " + _conditions(_ordered(cases))
+
+
+def _bars(results: check.Results) -> str:
+    text, _ = check.table(results)
+    return f"```text\n{text}\n```"
+
+
+def _replace(path: Path, name: str, text: str) -> bool:
+    """Put ``text`` between ``<!-- results:name -->`` and ``<!-- /results:name -->``; False if they are not there."""
+    if not path.exists():
+        return False
+    old = path.read_text()
+    pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)", re.DOTALL)
+    if not pattern.search(old):
+        return False
+    new = pattern.sub(lambda m: f"{m.group(1)}{text}\n{m.group(2)}", old)
+    if new != old:
+        path.write_text(new)
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--results", type=Path, help="folder of results files (default: the newest of benchmarks/results)"
+    )
+    parser.add_argument("--docs", type=Path, default=ROOT, help="root of the Markdown files (default: this repository)")
+    options = parser.parse_args(arguments)
+    folders = [p for p in RESULTS.glob("*") if any(p.glob("*.json"))] if RESULTS.exists() else []
+    folder = options.results or max(
+        folders, key=lambda p: max(f.stat().st_mtime for f in p.glob("*.json")), default=None
+    )
+    if folder is None:
+        print("no results yet: run `python -m benchmarks.run --all` first", file=sys.stderr)
+        return 1
+    results = check.load(folder)
+    sections = {}
+    if cases := results.get("search"):
+        sections |= {"search-short": _search_short(cases), "search": _search_long(cases), "peaks": _peaks(cases)}
+        sections["floors"] = _floors(cases)
+    if cases := results.get("train"):
+        sections["train"] = _train(cases)
+    if cases := results.get("memory"):
+        sections["memory"] = _memory(cases)
+    if cases := results.get("scaling"):
+        sections["scaling"] = _scaling(cases)
+    sections["bars"] = _bars(results)
+    for path in (options.docs / p for p in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md")):
+        written = [name for name, text in sections.items() if _replace(path, name, text)]
+        print(f"{path.relative_to(options.docs)}: {', '.join(written) or 'no markers'}")
+    from benchmarks import charts
+
+    for path in charts.draw(results, options.docs / IMAGES.relative_to(ROOT)):
+        print(path.relative_to(options.docs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
