@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  vqkernels train                                     the demo: photographs that ship with scikit-image, minutes on two cores
+  vqkernels train                                     the demo: photographs that ship with scikit-image, a few minutes
   vqkernels train --data photos --output runs/photos  your own images; damaged files are reported and skipped
   vqkernels train --output runs/photos --resume       go on after Ctrl-C; the result is that of an uninterrupted run
   vqkernels train --downsample 8 --codes 1024 --steps 4000 --output runs/f8

@@ -1,12 +1,13 @@
 """The VQ-VAE: a strided convolutional encoder, the quantizer, and a decoder that mirrors the encoder.
 
 Used by ``vqkernels train`` and by anyone who wants a small tokeniser of images; sizes come from :class:`VQVAEConfig`.
-Source: van den Oord et al. 2017, "Neural Discrete Representation Learning" (section 4.1), with the codebook of your choice.
+Source: van den Oord et al. 2017, "Neural Discrete Representation Learning" (section 4.1).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -139,7 +140,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = (config.image_channels, *config.channels)
         # Kernel 4 with stride 2 covers every pixel equally often, so no checkerboard is baked in.
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in itertools.pairwise(widths))
         self.mix = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
         self.residual = _ResidualStack(config, widths[-1])
         self.project = nn.Conv2d(widths[-1], config.latent_channels, 1)
@@ -160,7 +161,7 @@ class Decoder(nn.Module):
         widths = (*reversed(config.channels), config.image_channels)
         self.mix = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.residual = _ResidualStack(config, widths[0])
-        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in itertools.pairwise(widths))
 
     def forward(self, quantized: Tensor) -> Tensor:
         x = self.residual(self.mix(quantized))

@@ -74,7 +74,7 @@ class ImageSet:
     def fingerprint(self) -> str:
         """Changes when an image is added, removed, renamed or edited."""
         digest = hashlib.sha256()
-        for name, content in zip(self.names, self.digests):
+        for name, content in zip(self.names, self.digests, strict=True):
             digest.update(f"{name}\0{content}\n".encode())
         return digest.hexdigest()[:16]
 
@@ -183,7 +183,7 @@ def image_folder(folder: str, size: int, resize: int | None = None, held_out: fl
 
     kept: dict[str, tuple[str, Path]] = {}
     with ThreadPoolExecutor(threads) as pool:
-        for path, (digest, reason) in zip(paths, pool.map(check, paths)):
+        for path, (digest, reason) in zip(paths, pool.map(check, paths), strict=True):
             name = path.relative_to(root).as_posix()
             if digest is None:
                 skipped.append((name, " ".join(reason.split())))
@@ -202,7 +202,7 @@ def image_folder(folder: str, size: int, resize: int | None = None, held_out: fl
 
     def collect(out: bool) -> ImageSet:
         chosen = [(name, path, digest) for digest, (name, path) in kept.items() if (digest in aside) == out]
-        names, files, digests = zip(*chosen)
+        names, files, digests = zip(*chosen, strict=True)
         return ImageSet(names, files, digests, load)
 
     return Split(collect(False), collect(True), tuple(skipped))

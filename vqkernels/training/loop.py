@@ -16,18 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vqkernels
 from vqkernels.models import VQVAE
-from vqkernels.training import checkpoint, data, metrics, plots
+from vqkernels.training import checkpoint, data, metrics
 from vqkernels.training.config import TrainConfig, TrainingError, require
 from vqkernels.training.process import Interrupt, make_accelerator, process_settings, seed_step
-from vqkernels.training.run_folder import RunFolder, write_json
+from vqkernels.training.results import write_results
+from vqkernels.training.run_folder import RunFolder
 
 __all__ = ["Interrupted", "train"]
 
 EXTRAS = ("accelerate", "matplotlib", "PIL", "safetensors", "torchmetrics", "tqdm")
 CROPS_PER_IMAGE = 24
-SAMPLES = 8
 
 
 class Interrupted(Exception):
@@ -101,10 +100,9 @@ class _Run:
         self.accelerator = make_accelerator(config)
         self.main = self.accelerator.is_main_process
         self.say = say if self.main else lambda line: None
-        if config.batch_size % self.accelerator.num_processes:
-            raise TrainingError(
-                f"batch_size is {config.batch_size}; expected a multiple of the {self.accelerator.num_processes} processes"
-            )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if config.batch_size % self.world:
+            raise TrainingError(f"batch_size is {config.batch_size}; expected a multiple of the {self.world} processes")
         self.device: torch.device = self.accelerator.device
         self.images = _load_images(config)
         self._report_images()
@@ -193,8 +191,8 @@ class _Run:
                 self.step,
                 config.steps,
                 config.batch_size,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
+                self.rank,
+                self.world,
             ),
             num_workers=config.workers,
             pin_memory=self.device.type == "cuda",
@@ -268,7 +266,7 @@ class _Run:
 
     def _agree(self, requested: bool) -> bool:
         """Whether to stop now; with several processes all find out at the same step."""
-        if self.accelerator.num_processes == 1:
+        if self.world == 1:
             return requested
         if self.step % self.config.log_every:
             return False
@@ -287,7 +285,7 @@ class _Run:
                 f"recon {line['reconstruction']:.4f}, commit {line['commitment']:.4f}, "
                 f"PSNR {line['psnr']:.1f} dB, usage {line['usage']:.0%}, perplexity {line['perplexity']:.0f}"
             )
-        if self.accelerator.num_processes > 1:
+        if self.world > 1:
             failed = self.accelerator.reduce(failed, "sum")
         if failed.item():
             kept = (
@@ -318,62 +316,16 @@ class _Run:
         return self.seconds + time.perf_counter() - self.began
 
     def _write_results(self, finished: bool) -> dict[str, Any]:
-        """metrics.json, both pictures and the model; each in one step."""
-        config, last = self.config, self.history["held_out"][-1]
-        title = f"step {last['step']}: held-out PSNR {last['psnr']:.2f} dB, SSIM {last['ssim']:.3f}, {config.downsample}x downsampling, {config.codes} codes"
-        originals, labels = data.sample_crops(self.images.held_out, config.image_size, config.downsample, SAMPLES)
-        restored = self._reconstruct(originals)
-        errors = (restored.double() - originals.double()).div(255).square().mean((1, 2, 3)).clamp(min=1e-12)
-        labels = [f"{name} {-10 * math.log10(e):.1f} dB" for name, e in zip(labels, errors.tolist())]
-        plots.sample_grid(self.folder.samples, originals, restored, labels, title)
-        plots.curves(self.folder.curves, self.history, config.codes, title)
-        self.model.save_pretrained(self.folder.model)
-        seconds = self._elapsed()
-        result = {
-            "finished": finished,
-            "step": self.step,
-            "final": last,
-            "images": {"train": self.images.train.names, "held_out": self.images.held_out.names}
-            if config.data is None
-            else {
-                "train": len(self.images.train),
-                "held_out": len(self.images.held_out),
-                "skipped": len(self.images.skipped),
-            },
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "bits_per_pixel": config.heads * math.log2(config.codes) / config.downsample**2,
-            "environment": self._environment(),
-            "history": self.history,
-            # The only part that differs between two runs with the same seed on the same machine.
-            "timing": {
-                "seconds": round(seconds, 2),
-                "crops_per_second": round(self.step * config.batch_size / seconds, 1),
-            },
-        }
-        write_json(self.folder.metrics, result)
-        return result
-
-    def _environment(self) -> dict[str, Any]:
-        x = torch.zeros(1, self.config.dim, device=self.device)
-        chosen = vqkernels.explain("nearest", x, x).partition("\n")[0].rpartition(" ")[2]
-        return {
-            "vqkernels": vqkernels.__version__,
-            "torch": torch.__version__,
-            "device": str(self.device),
-            "backend": chosen,
-            "threads": torch.get_num_threads(),
-            "processes": self.accelerator.num_processes,
-        }
-
-    @torch.no_grad()
-    def _reconstruct(self, images: Tensor) -> Tensor:
-        self.model.eval()
-        restored = [
-            self.model(metrics.to_unit(image[None], self.device)).reconstruction.float().clamp(0, 1).cpu()
-            for image in images
-        ]
-        self.model.train()
-        return (torch.cat(restored) * 255).round().to(torch.uint8)
+        return write_results(
+            self.folder,
+            self.config,
+            self.model,
+            self.images,
+            self.history,
+            finished=finished,
+            processes=self.world,
+            seconds=self._elapsed(),
+        )
 
     def _finish(self) -> dict[str, Any]:
         result: dict[str, Any] = {}

@@ -78,7 +78,8 @@ def evaluate(
             restored = out.reconstruction.float().clamp(0, 1)
             errors.append((restored - originals).double().square().mean((1, 2, 3)))
             psnr += [
-                image.peak_signal_noise_ratio(r[None], o[None], data_range=1.0) for r, o in zip(restored, originals)
+                image.peak_signal_noise_ratio(r[None], o[None], data_range=1.0)
+                for r, o in zip(restored, originals, strict=True)
             ]
             similarity.append(
                 image.structural_similarity_index_measure(restored, originals, data_range=1.0, reduction="none")
@@ -129,7 +130,7 @@ class Window:
     def take(self) -> dict[str, float]:
         """The means, PSNR of the mean reconstruction error, usage and perplexity; then start again."""
         *sums, steps = self.sums.tolist()
-        line = {name: value / max(steps, 1) for name, value in zip(TERMS, sums)}
+        line = {name: value / max(steps, 1) for name, value in zip(TERMS, sums, strict=True)}
         line["psnr"] = -10 * math.log10(line["reconstruction"]) if line["reconstruction"] > 0 else math.inf
         line["usage"], line["perplexity"] = code_statistics(self.counts)
         self.sums.zero_()

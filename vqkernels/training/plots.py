@@ -55,7 +55,7 @@ def sample_grid(path: Path, originals: Tensor, restored: Tensor, labels: Sequenc
     image_module, draw_module, font_module = (require(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
     side = originals.shape[-1]
     columns = min(COLUMNS, len(originals))
-    last_x, last_y = tile_position(len(originals) - 1, side, True)
+    _, last_y = tile_position(len(originals) - 1, side, True)
     subtitle = "top: held-out original   bottom: reconstruction from the codes"
     large, small = font_module.load_default(15), font_module.load_default(12)
     text_width = max(large.getlength(title), small.getlength(subtitle))
@@ -100,7 +100,7 @@ def curves(path: Path, history: Mapping[str, Sequence[Mapping[str, Any]]], codes
     def draw(axes: Any, lines: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
-            axes.plot(*zip(*points), **style)
+            axes.plot(*zip(*points, strict=True), **style)
 
     # Terms that are zero throughout (the codebook loss under EMA) have no place on a logarithmic axis.
     for name, color in (("reconstruction", "C0"), ("commitment", "C1"), ("codebook", "C2")):
