@@ -4,8 +4,24 @@
 namespace vqk {
 namespace {
 
-// Rows that a channel-first block writes side by side: whole cache lines for 16- and 32-bit outputs.
-constexpr int64_t lanes = 32;
+constexpr int64_t lanes = 256;     // rows of a block: long runs in every plane of a channel-first output
+constexpr int64_t tile_dims = 16;  // planes that are written at a time: a cache line of every code
+constexpr int64_t tile_rows = 32;
+
+template <class In, class Out>
+void scatter_tile(const typename In::raw *const *source, const int64_t *step, int64_t count, int64_t first, int64_t last,
+                  typename Out::raw *target, int64_t row_step, int64_t dim_step) {
+  typename Out::raw tile[tile_dims][tile_rows];
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = first; d < last; ++d) tile[d - first][i] = Out::put(In::get(source[i][d * step[i]]));
+  for (int64_t d = first; d < last; ++d) {
+    auto *to = target + d * dim_step;
+    if (row_step == 1)
+      std::copy(tile[d - first], tile[d - first] + count, to);
+    else
+      for (int64_t i = 0; i < count; ++i) to[i * row_step] = tile[d - first][i];
+  }
+}
 
 template <class In, class Out>
 void gather(const vqk_codes &codebook, const int64_t *indices, const vqk_rows &out, IndexCheck &check) {
@@ -45,10 +61,10 @@ void gather(const vqk_codes &codebook, const int64_t *indices, const vqk_rows &o
             for (int64_t d = 0; d < D; ++d) to[d] = Out::put(In::get(source[i][d * step[i]]));
         }
       } else {
-        for (int64_t d = 0; d < D; ++d) {
-          auto *to = target + d * out_step;
-          for (int64_t i = 0; i < count; ++i) to[i * out.stride[2]] = Out::put(In::get(source[i][d * step[i]]));
-        }
+        for (int64_t dim = 0; dim < D; dim += tile_dims)
+          for (int64_t i = 0; i < count; i += tile_rows)
+            scatter_tile<In, Out>(source + i, step + i, std::min(tile_rows, count - i), dim, std::min(dim + tile_dims, D),
+                                  target + i * out.stride[2], out.stride[2], out_step);
       }
     }
   });

@@ -9,8 +9,9 @@
 namespace vqk {
 namespace {
 
-constexpr int64_t lanes = 32;      // rows of a block, side by side
-constexpr int64_t tile_dims = 16;  // dims of a transposed tile
+constexpr int64_t lanes = 32;         // rows of a block, or of a transposed tile
+constexpr int64_t tile_dims = 16;     // dims of a transposed tile
+constexpr int64_t column_rows = 256;  // rows of a channel-first block: long runs in every plane, few planes at a time
 
 // A norm below this counts as this (Fifty et al. 2024, the authors' implementation).
 constexpr double smallest_norm = 1e-6;
@@ -107,23 +108,33 @@ VQK_CLONES void pass_through_columns(const typename Z::raw *g, int64_t g_step, c
                                      const V *const *codes, int64_t count, int64_t D, V c, typename Z::raw *__restrict out,
                                      int64_t out_step) {
   V tile[tile_dims][lanes] = {};
-  bool coded[lanes] = {};
-  for (int64_t i = 0; i < count; ++i) coded[i] = codes[i] != nullptr;
-  const V keep_grad = g == nullptr ? 0 : 1;
-  if (g == nullptr) g = z;
   for (int64_t first = 0; first < D; first += tile_dims) {
     const int64_t dims = std::min(tile_dims, D - first);
-    for (int64_t i = 0; i < count; ++i)
-      if (coded[i])
-        for (int64_t d = 0; d < dims; ++d) tile[d][i] = codes[i][first + d];
-    for (int64_t d = 0; d < dims; ++d) {
-      const auto *gd = g + (first + d) * g_step, *zd = z + (first + d) * z_step;
-      auto *to = out + (first + d) * out_step;
-      const V *e = tile[d];
-      for (int64_t i = 0; i < count; ++i) {
-        const V zi = Z::get(zd[i]), gi = Z::get(gd[i]), pull = c * (zi - e[i]), sum = gi + pull;
-        const V value = keep_grad != 0 ? sum : pull;
-        to[i] = Z::put(coded[i] ? value : V{});
+    for (int64_t row = 0; row < count; row += lanes) {
+      const int64_t rows = std::min(lanes, count - row);
+      bool coded[lanes];
+      for (int64_t i = 0; i < rows; ++i) {
+        const V *code = codes[row + i];
+        coded[i] = code != nullptr;
+        if (coded[i])
+          for (int64_t d = 0; d < dims; ++d) tile[d][i] = code[first + d];
+      }
+      for (int64_t d = 0; d < dims; ++d) {
+        const auto *zd = z + (first + d) * z_step + row;
+        auto *__restrict to = out + (first + d) * out_step + row;
+        const V *e = tile[d];
+        if (g == nullptr) {
+          for (int64_t i = 0; i < rows; ++i) {
+            const V value = c * (Z::get(zd[i]) - e[i]);
+            to[i] = Z::put(coded[i] ? value : V{});
+          }
+        } else {
+          const auto *gd = g + (first + d) * g_step + row;
+          for (int64_t i = 0; i < rows; ++i) {
+            const V value = Z::get(gd[i]) + c * (Z::get(zd[i]) - e[i]);
+            to[i] = Z::put(coded[i] ? value : V{});
+          }
+        }
       }
     }
   }
@@ -186,27 +197,29 @@ template <class Z>
 int32_t run(const vqk_rows &grad, const vqk_rows &z, const vqk_codes &codebook, const int64_t *indices, double commitment,
             int32_t gradient, const vqk_rows &out) {
   using V = typename Z::value;
-  const int64_t H = z.size[0], B = z.size[1], S = z.size[2], D = z.size[3], blocks = (S + lanes - 1) / lanes;
+  const int64_t H = z.size[0], B = z.size[1], S = z.size[2], D = z.size[3];
   const V c = static_cast<V>(commitment);
   const bool with_grad = gradient != VQK_NONE;
   const bool columns = gradient != VQK_ROTATION && z.stride[2] == 1 && out.stride[2] == 1 && out.stride[3] != 1 &&
                        (!with_grad || (grad.stride[2] == 1 && grad.dtype == z.dtype));
+  const int64_t block_rows = columns ? column_rows : lanes, blocks = (S + block_rows - 1) / block_rows;
   // Rows that are written as they are need no copy of the result.
   const bool direct = std::is_same<typename Z::raw, V>::value && out.stride[3] == 1;
   IndexCheck check(codebook.size[1]);
   std::atomic<bool> failed{false};
-  parallel_for(0, H * B * blocks, std::max<int64_t>(1, row_grain(D) / lanes), [&](int64_t begin, int64_t end) {
-    const auto buffer = allocate<V>(4 * lanes * D);
+  parallel_for(0, H * B * blocks, std::max<int64_t>(1, row_grain(D) / block_rows), [&](int64_t begin, int64_t end) {
+    const auto buffer = allocate<V>((columns ? column_rows : 4 * lanes) * D);
     if (!buffer) {
       failed = true;
       return;
     }
-    V *g_rows = buffer.get(), *z_rows = g_rows + lanes * D, *result = z_rows + lanes * D, *code_rows = result + lanes * D;
+    // Codes that need conversion first, then three blocks of rows.
+    V *code_rows = buffer.get(), *g_rows = code_rows + lanes * D, *z_rows = g_rows + lanes * D, *result = z_rows + lanes * D;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % blocks * lanes;
-      const Block block{i / (B * blocks), i / blocks % B, first, std::min(lanes, S - first)};
+      const int64_t first = i % blocks * block_rows;
+      const Block block{i / (B * blocks), i / blocks % B, first, std::min(block_rows, S - first)};
       const int64_t row = (block.head * B + block.item) * S + first;
-      const V *codes[lanes];
+      const V *codes[column_rows];
       for (int64_t j = 0; j < block.count; ++j) {
         const int64_t index = indices[row + j];
         const bool coded = check.ok(index, row + j) && index >= 0;
