@@ -124,6 +124,7 @@ SEARCH: dict[str, Contestant] = {
         Contestant("compile", "torch.compile(addmm + argmin)", _compile, 4.0),
         Contestant("faiss", "faiss-cpu IndexFlatL2", _faiss),
         ours(backend="reference"),
+        ours(),
         *(ours(isa) for isa in ISAS),
     )
 }

@@ -56,12 +56,19 @@ def draw(results: dict[str, dict[str, Record]], folder: Path) -> list[Path]:
     return written
 
 
+def kernels(records: list[Record]) -> str:
+    """Which of our kernels ran: the instruction set is chosen by shape."""
+    names = {"amx": "AMX", "avx512bf16": "AVX512-BF16", "avx512": "AVX-512", "avx2": "AVX2"}
+    ran = {r.get("isa", r["environment"]["native"].get("isa", "reference")) for r in records}
+    return " and ".join(names.get(isa, isa) for isa in sorted(ran)) + " kernels"
+
+
 def _caption(figure: Any, records: list[Record], more: str = "") -> None:
     stamp = records[0]["environment"]
     v = stamp["versions"]
-    isa = stamp["native"].get("isa", "reference").upper()
+    isa = kernels(records)
     lines = [
-        f"{stamp['device']['cpu']}, {stamp['threads']} threads, {isa} kernels; float32 in, exact indices.",
+        f"{stamp['device']['cpu']}, {stamp['threads']} threads, {isa}; float32 in, exact indices.",
         f"torch {v['torch']}, faiss {v['faiss-cpu']}, vector-quantize-pytorch {v['vector-quantize-pytorch']}; "
         f"commit {stamp['commit']}, {stamp['date'].split()[0]}. {more}",
     ]
@@ -109,12 +116,14 @@ def _search(plt: Any, cases: dict[str, Record]) -> Any:
     _bars(axes, labels, groups, "x")
     axes.set_xscale("log")
     axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1x", "2x", "5x", "10x", "20x", "50x", "100x"])
-    axes.set_xlim(0.5, 1.6 * max(v for _, _, values in groups for v in values if v is not None))
+    values = [v for _, _, group in groups for v in group if v is not None]
+    axes.set_xlim(0.8 * min([0.7, *values]), 1.5 * max(values))
+    axes.set_ylim(len(records) - 0.45, -0.55)
     axes.axvline(1, color=INK, linewidth=0.8, zorder=3)
     axes.set_xlabel("times as fast as torch.cdist + argmin (log scale)")
     axes.tick_params(axis="y", labelsize=8.5)
-    axes.set_title("Nearest-code search", loc="left", weight="bold", fontsize=12)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8.5, borderaxespad=0.2)
+    axes.set_title("Nearest-code search", loc="left", weight="bold", fontsize=12, pad=24)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8.5, borderaxespad=0.2)
     _caption(figure, records, "Medians of per-round ratios.")
     return figure
 

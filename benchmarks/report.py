@@ -66,9 +66,11 @@ def _conditions(records: list[Record]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items() if v != "not installed" and k != "vqkernels")
     commits = " and ".join(sorted({s["commit"] for s in stamps}))
     dates = sorted({s["date"] for s in stamps})
-    isa = first["native"].get("isa", "reference")
+    from benchmarks.charts import kernels
+
+    isa = kernels(records)
     return (
-        f"{first['device']['cpu']}, {first['threads']} threads for every contestant, {isa.upper()} kernels; "
+        f"{first['device']['cpu']}, {first['threads']} threads for every contestant, {isa}; "
         f"{versions}; commit {commits}, {dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}."
     )
 

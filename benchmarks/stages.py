@@ -68,13 +68,13 @@ def _floors(case: Case, isa: str, peaks: dict[str, float]) -> dict[str, float]:
     return floors
 
 
-def _best_isa() -> str:
+def _best_isa(case: Case) -> str:
+    """The instruction set that runs if none is forced: it depends on the shape."""
     from vqkernels import _native
 
     if _native.unavailable():
         return "reference"
-    os.environ["VQKERNELS_ISA"] = ""
-    return _native.ISAS[_native.isa()]
+    return _native.ISAS[_native.lib().vqk_cpu_nearest_isa(case.codes, case.dim)]
 
 
 def _isa_of(name: str, best: str) -> str:
@@ -116,7 +116,7 @@ def measure_search(
             raise GateFailed(f"{contestant.name} on {name}: {wrong[contestant.name]} of {len(chosen)} rows are wrong")
         work[contestant.name], titles[contestant.name] = function, contestant.title
     timed = interleave(work, rounds=rounds, budget=budget)
-    best = _best_isa()
+    best = _best_isa(case)
     results = {}
     for key, series in timed.items():
         median = quartiles(series.seconds)["median"]
@@ -192,7 +192,7 @@ def measure_train(name: str, rounds: int, budget: float, peaks: dict[str, float]
     }
     return {
         **_describe(case),
-        "isa": _best_isa(),
+        "isa": _best_isa(case),
         "checked_rows": len(chosen),
         "results": results,
         "speedup": speedup,
@@ -223,7 +223,12 @@ def measure_memory(name: str, threads: int, quick: bool) -> dict[str, Any]:
                 size, reason = memory.measure(op, name, contestant.name, threads, quick)
                 entry |= {"not_run": reason} if size is None else {"mib": size / 2**20}
             results[contestant.name] = entry
-    return {**_describe(case), "isa": _best_isa(), "matrix_mib": 4 * case.rows * case.codes / 2**20, "results": results}
+    return {
+        **_describe(case),
+        "isa": _best_isa(case),
+        "matrix_mib": 4 * case.rows * case.codes / 2**20,
+        "results": results,
+    }
 
 
 def measure_scaling(rounds: int, budget: float, quick: bool) -> list[dict[str, Any]]:
