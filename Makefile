@@ -38,14 +38,17 @@ bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables an
 	$(BIN)/python -m benchmarks.run $(or $(ARGS),--all)
 	$(if $(ARGS),,$(BIN)/python -m benchmarks.report)
 
-# No network: builds with what the machine has, in an environment that sees the machine's torch and pytest.
-gpu:  ## on a CUDA machine, without network: build, show what runs where, run the suite
-	$(PYTHON) -m venv --system-site-packages $(VENV)-gpu
-	$(VENV)-gpu/bin/python -m pip install -q --no-index --no-build-isolation --no-deps .
-	$(VENV)-gpu/bin/python -m vqkernels info
-	@$(VENV)-gpu/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+# No network, and the machine's environment stays as it is: the build goes to build/gpu, which comes first on the path.
+# PYTHONSAFEPATH (Python 3.11) keeps the sources here, which have no library beside them, off it.
+GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu PYTHONSAFEPATH=1 VQKERNELS_TEST_DEVICE=cuda
+
+gpu:  ## on a CUDA machine, without network: build with what is there, show what runs where, run the suite
+	rm -rf build/gpu
+	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --target build/gpu .
+	$(GPU_ENV) $(PYTHON) -m vqkernels info
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "make gpu: torch sees no CUDA device here, so nothing was tested on one"; exit 1; }
-	VQKERNELS_TEST_DEVICE=cuda $(VENV)-gpu/bin/python -m pytest tests $(ARGS)
+	$(GPU_ENV) $(PYTHON) -m pytest tests $(ARGS)
 
 # libasan must come first in the process; libstdc++ with it, or its __cxa_throw interceptor finds nothing to call.
 # Leaks are Python's own business (interned objects, torch's registries), so only accesses are checked.
@@ -60,8 +63,8 @@ asan: $(VENV)/.dev  ## the op tests on a library built with AddressSanitizer and
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/asan
 	$(ASAN_ENV) $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" $(ASAN_TESTS) $(ARGS)
 
-clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(VENV)-gpu build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+clean:  ## remove environments, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
