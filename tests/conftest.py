@@ -43,7 +43,12 @@ def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         def poisoned(*args: Any, _original: Any = original, **kwargs: Any) -> torch.Tensor:
             out: torch.Tensor = _original(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.startswith("vqkernels") and not torch.compiler.is_compiling() and out.numel() and type(out) is torch.Tensor:
+            if (
+                caller.startswith("vqkernels")
+                and not torch.compiler.is_compiling()
+                and out.numel()
+                and type(out) is torch.Tensor
+            ):
                 out.fill_(float("nan") if out.is_floating_point() else -(2**31) if out.dtype == torch.int64 else 0)
             return out
 

@@ -94,7 +94,7 @@ def test_command_line_needs_no_extras(tmp_path: Path) -> None:
 
 def test_missing_extra_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     run = without_extras("train", cwd=tmp_path)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.startswith("vqkernels train: error: ")
     assert "pip install 'vqkernels[train]'" in run.stderr
     assert len(run.stderr.splitlines()) == 1
@@ -158,7 +158,7 @@ def test_bench_without_a_checkout_says_where_it_is(
 ) -> None:
     monkeypatch.setattr("vqkernels.__path__", [str(tmp_path / "site-packages" / "vqkernels")])
     monkeypatch.chdir(tmp_path)
-    assert main(["bench"]) == 1
+    assert main(["bench"]) == 2
     assert "benchmarks/run.py is part of the source checkout" in capsys.readouterr().err
     assert bench.checkout() is None
     checkout(tmp_path)
@@ -169,7 +169,7 @@ def test_errors_are_one_line_unless_debugging(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "checkout", lambda: None)
-    assert main(["bench"]) == 1
+    assert main(["bench"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("vqkernels bench: error: ")
     assert "Traceback" not in err

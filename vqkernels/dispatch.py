@@ -70,7 +70,7 @@ def _check_name(name: str, where: str) -> str:
 
 
 def requested(backend: str = "auto") -> str:
-    """The backend that is asked for: argument, else :func:`use_backend`, else ``VQKERNELS_BACKEND``, else ``"auto"``."""
+    """The backend asked for: argument, else :func:`use_backend`, else ``VQKERNELS_BACKEND``, else ``"auto"``."""
     if _check_name(backend, "backend") != "auto":
         return backend
     if (name := _override.get()) is not None:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, ``sys.argv[1:]`` by default.
 
     Returns:
-        The exit status: 0 for success, 1 for an error that was explained on stderr, 130 after Ctrl-C.
+        The exit status: 0 for success, 2 for an error that was explained on stderr, 130 after Ctrl-C.
 
     Raises:
         SystemExit: unknown command or option (status 2), ``--help`` and ``--version`` (status 0).
@@ -82,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         reason = str(e)
     print(f"vqkernels {args.command}: error: {reason}", file=sys.stderr)
-    return 1
+    return 2

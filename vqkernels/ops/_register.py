@@ -13,7 +13,7 @@ import torch
 
 from vqkernels import dispatch
 
-_library = torch.library.Library("vqkernels", "DEF")
+_library = torch.library.Library("vqkernels", "DEF")  # type: ignore[no-untyped-call]
 
 
 def register(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,8 +29,8 @@ def register(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., 
         return dispatch.call(name, args[-1], args[:-1])
 
     # needs_exact_strides: kernels read the strides they are given; Inductor must not lay inputs out anew.
-    _library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))
-    _library.impl(name, _fill_defaults(name, run), "CompositeExplicitAutograd")
+    _library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))  # type: ignore[no-untyped-call]
+    _library.impl(name, _fill_defaults(name, run), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"vqkernels::{name}", fake, lib=_library)
     op: Callable[..., Any] = getattr(torch.ops.vqkernels, name).default
     return op
