@@ -37,13 +37,22 @@ class Contestant:
         name: what ``--peer`` takes.
         title: what tables and charts show.
         make: builds the work of one call from the case, the latents and the codebook; the work returns the indices.
-        bytes_per_pair: measured or known memory per (row, code) pair, to refuse what would not fit; 0 = no N x K.
+        bytes_per_pair: measured memory per (row, code) pair, to refuse what would not fit; 0 = no N x K.
+        bytes_per_pair_cosine: the same where the metric is cosine, if it differs.
     """
 
     name: str
     title: str
     make: Callable[[Case, Tensor, Tensor], Work]
     bytes_per_pair: float = 0.0
+    bytes_per_pair_cosine: float | None = None
+
+    def needs(self, case: Case) -> float:
+        """Bytes beyond inputs and outputs, roughly."""
+        each = self.bytes_per_pair
+        if case.metric == "cosine" and self.bytes_per_pair_cosine is not None:
+            each = self.bytes_per_pair_cosine
+        return each * case.rows * case.codes
 
 
 def _flat(case: Case, z: Tensor) -> Tensor:
@@ -218,7 +227,7 @@ TRAIN: dict[str, Contestant] = {
     c.name: c
     for c in (
         Contestant("vqkernels-ema", "vqkernels, EMA codebook", _ours_training(False)),
-        Contestant("vqtorch-ema", "vector-quantize-pytorch, EMA codebook", _vqtorch_training(False), 24.2),
+        Contestant("vqtorch-ema", "vector-quantize-pytorch, EMA codebook", _vqtorch_training(False), 24.2, 16.2),
         Contestant("vqkernels-learn", "vqkernels, learned codebook (Adam)", _ours_training(True)),
         Contestant("vqtorch-learn", "vector-quantize-pytorch, learned codebook (Adam)", _vqtorch_training(True), 24.2),
     )

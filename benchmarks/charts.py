@@ -72,9 +72,8 @@ def _caption(figure: Any, records: list[Record], more: str = "") -> None:
         f"torch {v['torch']}, faiss {v['faiss-cpu']}, vector-quantize-pytorch {v['vector-quantize-pytorch']}; "
         f"commit {stamp['commit']}, {stamp['date'].split()[0]}. {more}",
     ]
-    figure.text(
-        0.0, 0.0, "\n".join(lines), fontsize=7.5, color="#666666", va="top", ha="left", transform=figure.transFigure
-    )
+    below = -0.08 / figure.get_figheight()
+    figure.text(0.0, below, "\n".join(lines), fontsize=7.5, color="#666666", va="top", ha="left")
 
 
 def _bars(axes: Axes, labels: list[str], groups: list[tuple[str, str, list[float | None]]], unit: str) -> None:
@@ -103,7 +102,7 @@ def _search(plt: Any, cases: dict[str, Record]) -> Any:
     records = [cases[name] for name in README_CASES if name in cases and cases[name].get("over_cdist")]
     if not records:
         return None
-    figure, axes = plt.subplots(figsize=(8, 0.62 * len(records) + 0.9))
+    figure, axes = plt.subplots(figsize=(8, 0.62 * len(records) + 0.9), layout="constrained")
     labels = [f"{r['title']}\n{r['size']}" for r in records]
     groups = [
         (title, colour, [r["over_cdist"].get(name, {}).get("median") for r in records])
@@ -132,7 +131,7 @@ def _train(plt: Any, cases: dict[str, Record]) -> Any:
     records = [r for r in cases.values() if "vqtorch-ema" in r["speedup"]]
     if not records:
         return None
-    figure, axes = plt.subplots(figsize=(8, 0.6 * len(records) + 0.6))
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(records) + 1.1), layout="constrained")
     labels = [f"{r['title']}\n{r['size']}" for r in records]
     groups = [
         ("EMA codebook", OURS, [r["speedup"]["vqtorch-ema"]["median"] for r in records]),
@@ -143,15 +142,18 @@ def _train(plt: Any, cases: dict[str, Record]) -> Any:
     axes.margins(x=0.12)
     axes.set_xlabel("times as fast as vector-quantize-pytorch")
     axes.tick_params(axis="y", labelsize=8.5)
-    axes.set_title("Training step: forward, backward, update", loc="left", weight="bold", fontsize=12)
-    axes.legend(loc="lower right", frameon=False, fontsize=8.5)
+    axes.set_title("Training step: forward, backward, update", loc="left", weight="bold", fontsize=12, pad=24)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8.5, borderaxespad=0.2)
+    axes.set_ylim(len(records) - 0.45, -0.55)
     _caption(figure, records, "Medians of per-round ratios.")
     return figure
 
 
 def _memory(plt: Any, cases: dict[str, Record]) -> Any:
     records = list(cases.values())
-    figure, panels = plt.subplots(len(records), 1, figsize=(8, 1.9 * len(records) + 0.4), squeeze=False)
+    figure, panels = plt.subplots(
+        len(records), 1, figsize=(8, 1.9 * len(records) + 0.4), squeeze=False, layout="constrained"
+    )
     for axes, r in zip(panels[:, 0], records, strict=True):
         entries = list(r["results"].values())
         operation = {"search": "search", "train": "training step"}
@@ -176,22 +178,24 @@ def _memory(plt: Any, cases: dict[str, Record]) -> Any:
             )
             axes.annotate(text, (value, i), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
         axes.set_yticks(range(len(labels)), labels, fontsize=7.5)
-        axes.invert_yaxis()
+        axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlim(0.1, 6 * max([*measured, 1.0]))
         axes.grid(axis="x", color="#e6e6e6", zorder=0)
         axes.set_title(f"{r['title']}, {r['size']}", loc="left", fontsize=9)
     panels[-1, 0].set_xlabel("peak memory that one call adds, MiB (log scale)")
-    figure.suptitle("Memory", x=0.02, ha="left", weight="bold", fontsize=12)
-    figure.tight_layout()
+    figure.suptitle("Memory", x=0.01, ha="left", weight="bold", fontsize=12)
     _caption(figure, records)
     return figure
 
 
 def _scaling(plt: Any, cases: dict[str, Record]) -> Any:
     letter = {"rows": "N", "codes": "K", "dim": "D"}
-    figure, panels = plt.subplots(1, len(cases), figsize=(3.1 * len(cases), 2.9), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(cases), figsize=(3.1 * len(cases), 2.9), sharey=True, squeeze=False, layout="constrained"
+    )
     for axes, (axis, r) in zip(panels[0], cases.items(), strict=True):
         values, took = r["values"], [m["median"] for m in r["ms"]]
         line = [took[-1] * v / values[-1] for v in values]
@@ -214,6 +218,5 @@ def _scaling(plt: Any, cases: dict[str, Record]) -> Any:
         axes.set_title(f"time ~ {letter[axis]}^{r['exponent']:.2f}\n{fixed}", fontsize=9)
     panels[0, 0].set_ylabel("milliseconds")
     panels[0, 0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
     _caption(figure, list(cases.values()))
     return figure

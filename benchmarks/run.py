@@ -64,6 +64,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="skip cases that were measured at this very commit")
     parser.add_argument("--check", action="store_true", help="compare saved results with the acceptance bars")
     options = parser.parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     if options.threads < 1 or options.rounds < 1:
         parser.error("--threads and --rounds must be at least 1")
     return options
@@ -84,7 +85,7 @@ class _Results:
     def __init__(self, options: argparse.Namespace, environment: dict[str, Any]) -> None:
         from benchmarks import environment as env
 
-        self.stamp = {**environment, "commit": env.commit(), "command": _command()}
+        self.stamp = {**environment, "commit": env.commit(), "command": _command(options.arguments)}
         self.path: Path | None = options.json
         self.folder = None if options.json else options.results or (None if options.quick else env.results_folder())
         self.new: list[dict[str, Any]] = []
@@ -114,9 +115,9 @@ class _Results:
             env.write_json(self.folder / f"{kind}.json", data)
 
 
-def _command() -> str:
+def _command(arguments: list[str]) -> str:
     hidden = ("--json", "--results")  # paths of a machine stay out of the results
-    words = [a for i, a in enumerate(sys.argv[1:]) if a not in hidden and sys.argv[i] not in hidden]
+    words = [a for i, a in enumerate(arguments) if a not in hidden and (i == 0 or arguments[i - 1] not in hidden)]
     return " ".join(["python -m benchmarks.run", *words])
 
 

@@ -103,7 +103,7 @@ def measure_search(
     chosen, expected = oracle(case, z, codebook)
     work, wrong, titles, skipped = {}, {}, {}, {}
     for contestant in baselines.search_peers(peers, isas):
-        if contestant.bytes_per_pair * case.rows * case.codes > 0.6 * memory.available():
+        if contestant.needs(case) > 0.6 * memory.available():
             skipped[contestant.name] = "does not fit into memory"
             continue
         try:
@@ -162,7 +162,7 @@ def measure_train(name: str, rounds: int, budget: float, peaks: dict[str, float]
     chosen, expected = oracle(case, z, codebook)
     work, wrong, titles, skipped = {}, {}, {}, {}
     for contestant in [c for pair in baselines.train_peers(case) for c in pair]:
-        if contestant.bytes_per_pair * case.rows * case.codes > 0.6 * memory.available():
+        if contestant.needs(case) > 0.6 * memory.available():
             skipped[contestant.name] = "does not fit into memory"
             continue
         try:
@@ -214,11 +214,9 @@ def measure_memory(name: str, threads: int, quick: bool) -> dict[str, Any]:
             if case.metric == "cosine" and contestant.name.endswith("-learn"):
                 continue
             entry: dict[str, Any] = {"title": contestant.title, "op": op}
-            needed = contestant.bytes_per_pair * case.rows * case.codes
+            needed = contestant.needs(case)
             if needed > 0.6 * memory.available():
-                entry["not_run"] = (
-                    f"would need about {needed / 2**30:.0f} GiB ({contestant.bytes_per_pair} bytes a pair)"
-                )
+                entry["not_run"] = f"would need about {needed / 2**30:.0f} GiB"
             else:
                 size, reason = memory.measure(op, name, contestant.name, threads, quick)
                 entry |= {"not_run": reason} if size is None else {"mib": size / 2**20}
