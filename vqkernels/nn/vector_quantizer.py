@@ -18,6 +18,7 @@ from vqkernels import ops
 from vqkernels.functional import VQOutput, lookup_rows, quantize_rows
 from vqkernels.nn import statistics
 from vqkernels.nn._distributed import all_reduce, rank_and_size
+from vqkernels.nn._layout import Layout
 from vqkernels.nn._loading import load
 from vqkernels.nn.codebook_init import INITS, kmeans, random_codes_
 
@@ -121,6 +122,7 @@ class VectorQuantizer(nn.Module):
         self.num_embeddings, self.embedding_dim, self.heads = num_embeddings, embedding_dim, heads
         self.commitment_cost, self.decay, self.eps, self.usage_decay = commitment_cost, decay, eps, usage_decay
         self.metric, self.gradient, self.channel_dim = metric, gradient, channel_dim
+        self._layout = Layout(heads, embedding_dim, channel_dim)
         self.normalize = metric == "cosine" if normalize is None else normalize
         self.init, self.kmeans_iters, self.seed, self.sync = init, kmeans_iters, seed, sync
         self.dead_code_ratio = dead_code_ratio
@@ -186,7 +188,7 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtype or device do not fit.
         """
-        rows, valid = self._to_rows(z, mask)
+        rows, valid = self._rows(z, mask)
         learning = self.training and not self.frozen and not _in_backward()
         if learning and self._waiting:
             self._start(rows, valid)
@@ -203,8 +205,8 @@ class VectorQuantizer(nn.Module):
                 self._learn(rows.detach(), torch.where(out.score.isfinite(), out.indices, -1))
         loss = self.commitment_cost * out.commitment_loss
         return VQOutput(
-            self._to_output(out.quantized.to(z.dtype), z.shape),
-            self._to_indices(out.indices, z.shape),
+            self._layout.output(out.quantized.to(z.dtype), z.shape),
+            self._layout.indices(out.indices, z.shape),
             loss if self.decay is not None else loss + out.codebook_loss,
             out.codebook_loss,
             out.commitment_loss,
@@ -219,54 +221,15 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError, TypeError: shape or dtype do not fit.
         """
-        arguments.check_indices(indices)
-        if self.heads > 1 and (indices.dim() < 1 or indices.shape[-1] != self.heads):
-            raise ValueError(
-                f"indices has shape {arguments.shape_of(indices)}; expected (..., {self.heads}), one per head"
-            )
-        places = indices.shape[:-1] if self.heads > 1 else indices.shape
-        channels = self.heads * self.embedding_dim
-        first = self.channel_dim == 1 and len(places) > 1
-        shape = (places[0], channels, *places[1:]) if first else (*places, channels)
-        flat = indices.long().reshape(-1, self.heads).T
-        batch = places[0] if first else 1
-        positions = flat.reshape(self.heads, batch, flat.shape[1] // max(batch, 1))
-        return self._to_output(lookup_rows(self._codes(False), positions, first), shape)
-
-    def _to_rows(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Views: (B, C, ...) or (..., C) as (H, B, S, D), the mask as (H, B, S)."""
-        arguments.check_float_tensor("z", z)
-        first = self.channel_dim == 1 and z.dim() > 2
-        channels = self.heads * self.embedding_dim
-        if z.dim() < 2 - (self.channel_dim == -1) or z.shape[1 if first else -1] != channels:
-            wanted = f"(B, {channels}, ...)" if self.channel_dim == 1 else f"(..., {channels})"
-            heads = f" ({self.heads} heads of {self.embedding_dim} dims)" if self.heads > 1 else ""
-            raise ValueError(f"z has shape {arguments.shape_of(z)}; expected {wanted}{heads}")
-        if z.device != self.codebook.device:
-            raise ValueError(f"z is on {z.device}, the codebook on {self.codebook.device}; expected one device")
-        places = self._places(z.shape)
-        if first:
-            rows = torch.unflatten(z.flatten(2), 1, (self.heads, self.embedding_dim)).permute(1, 0, 3, 2)
-        else:
-            rows = arguments.to_rows(torch.unflatten(z, -1, (self.heads, self.embedding_dim)).movedim(-2, 0), True)
-        if mask is None:
-            return rows, None
-        arguments.check_mask(mask, places, z, False)
-        return rows, mask.reshape(rows.shape[1:3]).expand(rows.shape[:3])
-
-    def _places(self, shape: torch.Size) -> tuple[int, ...]:
+        positions, shape = self._layout.positions(indices)
         first = self.channel_dim == 1 and len(shape) > 2
-        return (shape[0], *shape[2:]) if first else tuple(shape[:-1])
+        return self._layout.output(lookup_rows(self._codes(False), positions, first), shape)
 
-    def _to_output(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(H, B, S, D) in the shape of the input: a view for one head."""
-        if self.channel_dim == 1 and len(shape) > 2:
-            return values.permute(1, 0, 3, 2).reshape(shape)
-        return values.movedim(0, 2).reshape(shape)
-
-    def _to_indices(self, indices: Tensor, shape: torch.Size) -> Tensor:
-        places = self._places(shape)
-        return indices.reshape(places) if self.heads == 1 else indices.movedim(0, 2).reshape((*places, self.heads))
+    def _rows(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``z`` as (H, B, S, D) and the mask as (H, B, S), checked."""
+        self._layout.check(z, self.codebook)
+        rows = self._layout.rows(z)
+        return rows, None if mask is None else self._layout.mask(mask, z, rows)
 
     def _as_codes(self, x: Tensor) -> Tensor:
         return x if self.heads > 1 else x.unsqueeze(0)
@@ -290,7 +253,7 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: there is no finite vector to start from.
         """
-        rows, valid = self._to_rows(z, mask)
+        rows, valid = self._rows(z, mask)
         if not self._start(rows, valid):
             raise ValueError(f"z has shape {arguments.shape_of(z)} and no finite, valid vector; expected at least one")
 

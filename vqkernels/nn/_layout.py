@@ -1,0 +1,89 @@
+"""Where a module's channels and heads are: views between (B, C, ...) or (..., C) and the (H, B, S, D) of the ops.
+
+Called by :class:`vqkernels.nn.VectorQuantizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqkernels import _arguments as arguments
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """C = ``heads * dim`` channels in dim ``channel_dim`` (1 or -1) of the input."""
+
+    heads: int
+    dim: int
+    channel_dim: int
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.heads * self.dim
+
+    def _first(self, ndim: int) -> bool:
+        # (N, C) is the same either way.
+        return self.channel_dim == 1 and ndim > 2
+
+    def places(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The input's shape without the channels: (B, ...)."""
+        return (shape[0], *shape[2:]) if self._first(len(shape)) else tuple(shape[:-1])
+
+    def shape(self, places: Sequence[int]) -> tuple[int, ...]:
+        """The inverse of :meth:`places`."""
+        if self._first(len(places) + 1):
+            return (places[0], self.channels, *places[1:])
+        return (*places, self.channels)
+
+    def check(self, z: Tensor, codebook: Tensor) -> None:
+        """``z`` is a floating tensor of this layout on the codebook's device."""
+        arguments.check_float_tensor("z", z)
+        least = 2 if self.channel_dim == 1 else 1
+        if z.dim() < least or z.shape[1 if self._first(z.dim()) else -1] != self.channels:
+            wanted = f"(B, {self.channels}, ...)" if self.channel_dim == 1 else f"(..., {self.channels})"
+            heads = f" ({self.heads} heads of {self.dim} dims)" if self.heads > 1 else ""
+            raise ValueError(f"z has shape {arguments.shape_of(z)}; expected {wanted}{heads}")
+        if z.device != codebook.device:
+            raise ValueError(f"z is on {z.device}, the codebook on {codebook.device}; expected one device")
+
+    def rows(self, z: Tensor) -> Tensor:
+        """The input as (H, B, S, D): a view wherever its spatial dims can be flattened in place."""
+        if self._first(z.dim()):
+            return torch.unflatten(z.flatten(2), 1, (self.heads, self.dim)).permute(1, 0, 3, 2)
+        return arguments.to_rows(torch.unflatten(z, -1, (self.heads, self.dim)).movedim(-2, 0), True)
+
+    def mask(self, mask: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+        """A checked mask (B, ...), the same for every head, as (H, B, S)."""
+        arguments.check_mask(mask, self.places(z.shape), z, False)
+        return mask.reshape(rows.shape[1:3]).expand(rows.shape[:3])
+
+    def output(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """(H, B, S, D) in the shape of the input: a view for one head."""
+        moved = values.permute(1, 0, 3, 2) if self._first(len(shape)) else values.movedim(0, 2)
+        return moved.reshape(tuple(shape))
+
+    def indices(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
+        """(H, B, S) as (B, ...), or (B, ..., H) with several heads."""
+        places = self.places(shape)
+        return indices.reshape(places) if self.heads == 1 else indices.movedim(0, 2).reshape((*places, self.heads))
+
+    def positions(self, indices: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The inverse of :meth:`indices`, checked: (H, B, S) and the shape of the output that belongs to it."""
+        arguments.check_indices(indices)
+        if self.heads > 1 and (indices.dim() < 1 or indices.shape[-1] != self.heads):
+            raise ValueError(
+                f"indices has shape {arguments.shape_of(indices)}; expected (..., {self.heads}), one per head"
+            )
+        places = tuple(indices.shape[:-1]) if self.heads > 1 else tuple(indices.shape)
+        if not places and self.channel_dim == 1:
+            raise ValueError(f"indices has shape {arguments.shape_of(indices)}; expected (B, ...)")
+        split = indices.long() if self.heads > 1 else indices.long().unsqueeze(-1)
+        return arguments.to_positions(split.movedim(-1, 0), True), self.shape(places)
