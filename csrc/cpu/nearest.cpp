@@ -64,49 +64,80 @@ int32_t check_codes(const vqk_codes *codebook) {
 }
 
 // Centre and scale come from a sample: any centre and any power of two are correct, these make the bound tight.
-void choose_units(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head) {
-  const int64_t k = head->num_codes, d = head->dim, sample = k < 256 ? k : 256;
+int32_t choose_units(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head) {
+  const int64_t k = head->num_codes, d = head->dim, sample = k < 128 ? k : 128;
   float *centre = head_centre(head);
-  const auto element = [&](int64_t i, int64_t j) {
-    const int64_t code = i * k / sample;
-    return load_element(codebook->data, codebook->dtype,
-                        head_index * codebook->stride[0] + code * codebook->stride[1] + j * codebook->stride[2]);
-  };
-  double largest = 0;
-  for (int64_t j = 0; j < d; ++j) {
-    double sum = 0;
-    int64_t count = 0;
-    if (metric == VQK_L2) {
-      for (int64_t i = 0; i < sample; ++i) {
-        const double value = element(i, j);
-        if (std::fabs(value) < 1e30) {
-          sum += value;
-          ++count;
-        }
-      }
-    }
-    centre[j] = count > 0 ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+  double *sum = static_cast<double *>(std::calloc(static_cast<size_t>(d) + 1, sizeof(double)));
+  if (sum == nullptr) return fail(VQK_NO_MEMORY, "no memory for %lld dims", (long long)d);
+  const auto for_each = [&](const auto &visit) {
     for (int64_t i = 0; i < sample; ++i) {
-      const double distance = std::fabs(element(i, j) - static_cast<double>(centre[j]));
-      if (distance < 1e150 && distance > largest) largest = distance;
+      const int64_t at = head_index * codebook->stride[0] + i * k / sample * codebook->stride[1];
+      for (int64_t j = 0; j < d; ++j) visit(j, load_element(codebook->data, codebook->dtype, at + j));
     }
+  };
+  if (metric == VQK_L2) {
+    for_each([&](int64_t j, double value) { sum[j] += std::fabs(value) < 1e30 ? value : 0.0; });
+    for (int64_t j = 0; j < d; ++j) centre[j] = static_cast<float>(sum[j] / static_cast<double>(sample));
   }
+  std::free(sum);
+  double largest = 0;
+  for_each([&](int64_t j, double value) {
+    const double distance = std::fabs(value - static_cast<double>(centre[j]));
+    if (distance < 1e150 && distance > largest) largest = distance;
+  });
   int exponent = 0;
   if (largest > 0) std::frexp(largest, &exponent);
   head->scale = metric == VQK_COSINE ? 1.0 : std::ldexp(1.0, -exponent);
   head->row_scale = metric == VQK_L2 ? head->scale : 1.0;
+  // Squares of such distances underflow even in float64, and what underflows ties: only the decision knows.
+  head->scan = metric == VQK_L2 && head->scale > 0x1p470 ? 1 : 0;
+  return VQK_OK;
+}
+
+// A code that repeats an earlier one can never win: take it out of the screen. Without this, a collapsed codebook (thousands of
+// dead codes at one place) makes every row decide thousands of exact ties.
+int32_t drop_duplicates(const vqk_codes *codebook, int64_t head_index, const uint64_t *keys, PackedHead *head) {
+  int64_t size = 64;
+  while (size < 2 * head->num_codes) size *= 2;
+  int64_t *slots = static_cast<int64_t *>(std::malloc(static_cast<size_t>(size) * sizeof(int64_t)));
+  if (slots == nullptr) return fail(VQK_NO_MEMORY, "no memory to compare %lld codes", (long long)head->num_codes);
+  std::memset(slots, 0xff, static_cast<size_t>(size) * sizeof(int64_t));
+  const size_t row_bytes = static_cast<size_t>(head->dim) * dtype_size(codebook->dtype);
+  const auto row = [&](int64_t k) {
+    return offset(static_cast<const void *>(codebook->data), codebook->dtype,
+                  head_index * codebook->stride[0] + k * codebook->stride[1]);
+  };
+  constexpr int kProbes = 16;  // giving up is correct, only slower
+  for (int64_t k = 0; k < head->num_codes; ++k) {
+    uint64_t hash = keys[k] * 0x9e3779b97f4a7c15ull;
+    hash ^= hash >> 29;
+    for (int probe = 0; probe < kProbes; ++probe) {
+      int64_t &slot = slots[(hash + static_cast<uint64_t>(probe)) & static_cast<uint64_t>(size - 1)];
+      if (slot < 0) {
+        slot = k;
+        break;
+      }
+      if (keys[slot] == keys[k] && std::memcmp(row(slot), row(k), row_bytes) == 0) {
+        head_bias(head)[k] = -INFINITY;
+        break;
+      }
+    }
+  }
+  std::free(slots);
+  return VQK_OK;
 }
 
 int32_t pack_head(const vqk_codes *codebook, int64_t head_index, int32_t metric, const Kernels *kernels, PackedHead *head) {
   std::memset(head_centre(head), 0, static_cast<size_t>(head->bias - head->centre));
-  choose_units(codebook, head_index, metric, head);
-  GroupBound *block_bounds =
-      static_cast<GroupBound *>(std::malloc(static_cast<size_t>(head->blocks) * (sizeof(GroupBound) + sizeof(int32_t))));
+  if (const int32_t status = choose_units(codebook, head_index, metric, head)) return status;
+  constexpr size_t kPerBlock = sizeof(GroupBound) + kCodes * sizeof(uint64_t) + sizeof(int32_t);
+  GroupBound *block_bounds = static_cast<GroupBound *>(std::malloc(static_cast<size_t>(head->blocks) * kPerBlock));
   if (block_bounds == nullptr) return fail(VQK_NO_MEMORY, "no memory for the bounds of %lld codes", (long long)head->num_codes);
-  int32_t *scan = reinterpret_cast<int32_t *>(block_bounds + head->blocks);
+  uint64_t *keys = reinterpret_cast<uint64_t *>(block_bounds + head->blocks);
+  int32_t *scan = reinterpret_cast<int32_t *>(keys + head->blocks * kCodes);
   parallel_for(0, head->groups, 1 + 16384 / (kCodes * head->blocks_per_group * head->dim), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * head->blocks_per_group;
-    scan[first] = kernels->pack(codebook, head_index, metric, head, first, end * head->blocks_per_group, block_bounds);
+    scan[first] = kernels->pack(codebook, head_index, metric, head, first, end * head->blocks_per_group, block_bounds, keys);
     for (int64_t b = first + 1; b < end * head->blocks_per_group; ++b) scan[b] = scan[first];
   });
   int32_t status = VQK_OK;
@@ -124,6 +155,7 @@ int32_t pack_head(const vqk_codes *codebook, int64_t head_index, int32_t metric,
     bounds[g] = bound;
     head->reach = std::fmax(head->reach, bound.reach);
   }
+  if (status == VQK_OK) status = drop_duplicates(codebook, head_index, keys, head);
   std::free(block_bounds);
   return status;
 }

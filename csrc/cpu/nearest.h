@@ -77,10 +77,11 @@ struct Block {
 
 struct Kernels {
   int dims_per_step, step_multiple, lanes, row_tile, block_rows;
-  // Blocks [begin, end) of 16 codes of one head into `head`: values, bias, norms; bounds per block in `block_bounds`.
+  // Blocks [begin, end) of 16 codes of one head into `head`: values, bias, norms; bounds per block in `block_bounds`, and a
+  // number per code in `keys` that is the same for equal codes.
   // Returns 1 if a code defeats the bound (its head must be scanned).
   int32_t (*pack)(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head, int64_t begin, int64_t end,
-                  GroupBound *block_bounds);
+                  GroupBound *block_bounds, uint64_t *keys);
   void (*prepare)(Block *block);
   void (*screen)(Block *block, int64_t begin, int64_t end);  // blocks of 16 codes, whole groups
   void (*finish)(Block *block);

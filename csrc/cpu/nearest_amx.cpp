@@ -47,6 +47,7 @@ VQK_INLINE __m512 tile_max(const float *tile) {
 }
 
 struct Amx : Bf16Base {
+  static constexpr bool splits = true;
   VQK_SIMD_POLICY_MEMBERS(Amx)
 
   VQK_INLINE int64_t used_steps(int64_t dim) { return dim <= kSplitDims ? 16 : (dim + 1) / 2; }
@@ -198,7 +199,7 @@ struct Amx : Bf16Base {
 
 }  // namespace
 
-const Kernels kernels_amx = {
-    2, 16, Amx::lanes, 2 * Amx::lanes, 256, pack_codes<2, Tiled, true>, prepare_rows<Amx>, Amx::screen, Amx::finish};
+const Kernels kernels_amx = {2,           16,         Amx::lanes, 2 * Amx::lanes, 256, pack_codes<Amx, Tiled>, prepare_rows<Amx>,
+                             Amx::screen, Amx::finish};
 
 }  // namespace vqk

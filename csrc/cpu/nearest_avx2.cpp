@@ -7,6 +7,7 @@ namespace vqk {
 namespace {
 
 struct Avx2 {
+  static constexpr bool splits = false;
   typedef __m256 V;
   typedef __m256 O;
   static constexpr int lanes = 8, row_vectors = 3, code_tile = 4, dims_per_step = 1;
@@ -112,7 +113,7 @@ const Kernels kernels_avx2 = {Avx2::dims_per_step,
                               Avx2::lanes,
                               Avx2::lanes * Avx2::row_vectors,
                               192,
-                              pack_codes<1, Interleaved>,
+                              pack_codes<Avx2, Interleaved>,
                               prepare_rows<Avx2>,
                               screen_simd<Avx2>,
                               finish_block<Avx2>};

@@ -5,6 +5,7 @@ namespace vqk {
 namespace {
 
 struct Avx512 : Avx512Base {
+  static constexpr bool splits = false;
   typedef __m512 O;
   static constexpr int row_vectors = 3, code_tile = 8, dims_per_step = 1;
 
@@ -42,7 +43,7 @@ const Kernels kernels_avx512 = {Avx512::dims_per_step,
                                 Avx512::lanes,
                                 Avx512::lanes * Avx512::row_vectors,
                                 240,
-                                pack_codes<1, Interleaved>,
+                                pack_codes<Avx512, Interleaved>,
                                 prepare_rows<Avx512>,
                                 screen_simd<Avx512>,
                                 finish_block<Avx512>};

@@ -5,6 +5,7 @@ namespace vqk {
 namespace {
 
 struct Avx512Bf16 : Bf16Base {
+  static constexpr bool splits = false;
   typedef __m512i O;
   static constexpr int row_vectors = 3, code_tile = 8;
 
@@ -28,7 +29,7 @@ const Kernels kernels_avx512bf16 = {Avx512Bf16::dims_per_step,
                                     Avx512Bf16::lanes,
                                     Avx512Bf16::lanes * Avx512Bf16::row_vectors,
                                     240,
-                                    pack_codes<2, Interleaved>,
+                                    pack_codes<Avx512Bf16, Interleaved>,
                                     prepare_rows<Avx512Bf16>,
                                     screen_simd<Avx512Bf16>,
                                     finish_block<Avx512Bf16>};

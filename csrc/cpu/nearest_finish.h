@@ -37,9 +37,7 @@ struct Pairs {
 
 template <class P, class X, class E>
 void decide_typed(Block *block, const Pairs &pairs, double *out) {
-  const vqk_codes *codebook = block->codebook;
-  const int64_t dim = block->head->dim, base = block->head_index * codebook->stride[0];
-  const bool narrow = codebook->dtype == VQK_F16 || codebook->dtype == VQK_BF16;
+  const int64_t dim = block->head->dim;
   for (int i = 0; i < pairs.count; i += 8) {
     const X *x[8];
     const E *e[8];
@@ -47,18 +45,8 @@ void decide_typed(Block *block, const Pairs &pairs, double *out) {
       const int at = i + j < pairs.count ? i + j : i;  // the tail repeats a pair
       x[j] = sizeof(X) == 4 ? reinterpret_cast<const X *>(float_row(block, pairs.row[at]))
                             : reinterpret_cast<const X *>(double_row(block, pairs.row[at]));
-      const int64_t start = base + pairs.code[at] * codebook->stride[1];
-      if (narrow) {
-        float *copy = static_cast<float *>(block->code_copy) + j * dim;
-        const uint16_t *in = static_cast<const uint16_t *>(codebook->data) + start;
-        if (codebook->dtype == VQK_BF16)
-          for (int64_t d = 0; d < dim; ++d) copy[d] = bf16_to_float(in[d]);
-        else
-          for (int64_t d = 0; d < dim; ++d) copy[d] = f16_to_float(in[d]);
-        e[j] = reinterpret_cast<const E *>(copy);
-      } else {
-        e[j] = static_cast<const E *>(codebook->data) + start;
-      }
+      e[j] = static_cast<const E *>(
+          code_row(block->codebook, block->head_index, pairs.code[at], static_cast<float *>(block->code_copy) + j * dim));
     }
     double total[8];
     if (block->metric == VQK_L2)

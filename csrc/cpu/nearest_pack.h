@@ -19,126 +19,155 @@ VQK_INLINE float dot_error(int64_t dim) {
 
 constexpr float kSlack = 1.0f + 0x1p-18f;  // covers the float32 arithmetic on the bounds themselves
 
-// Element-wise rounding of a code to the screen's operand: bf16 (nearest even, subnormals flushed as the hardware does) or
-// float32.
-template <int DimsPerStep>
-VQK_INLINE float round_operand(float value) {
-  if (DimsPerStep == 1) return value;
-  uint32_t bits = float_to_bits(value);
-  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-  return bits_to_float((bits & 0x7f800000u) != 0 ? bits : 0u);
+struct Interleaved {  // [steps][16 codes]: one vector per step, or one broadcast per code
+  VQK_INLINE void put(uint32_t *out, int c, int64_t s, const uint32_t *element, int count) {
+    for (int i = 0; i < count; ++i) out[(s + i) * kCodes + c] = element[i];
+  }
+};
+
+struct Tiled {  // [steps / 16][16 codes][16 steps]: the A operand of an AMX tile product
+  VQK_INLINE void put(uint32_t *out, int c, int64_t s, const uint32_t *element, int) {
+    std::memcpy(out + s * kCodes + c * 16, element, 64);
+  }
+};
+
+// One code as float or double, converted into `copy` if the codebook is 16-bit.
+VQK_INLINE const void *code_row(const vqk_codes *codebook, int64_t head_index, int64_t k, float *copy) {
+  const void *row = offset(static_cast<const void *>(codebook->data), codebook->dtype,
+                           head_index * codebook->stride[0] + k * codebook->stride[1]);
+  if (codebook->dtype == VQK_F32 || codebook->dtype == VQK_F64) return row;
+  const uint16_t *in = static_cast<const uint16_t *>(row);
+  const int64_t dim = codebook->size[2];
+  if (codebook->dtype == VQK_BF16)
+    for (int64_t d = 0; d < dim; ++d) copy[d] = bf16_to_float(in[d]);
+  else
+    for (int64_t d = 0; d < dim; ++d) copy[d] = f16_to_float(in[d]);
+  return copy;
 }
 
-// `Place` puts the packed elements of code c of a block: at(steps, c, step). `Split`: see kSplitDims.
-template <int DimsPerStep, class Place, bool Split = false>
-int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head, int64_t begin, int64_t end,
-                   GroupBound *block_bounds) {
-  const int64_t dim = head->dim, steps = head->steps, dims = steps * DimsPerStep;
-  const float *centre = head_centre(head);
-  const bool split = Split && dim <= kSplitDims;
-  const float a = dot_error(split ? 3 * dim : dim);
-  const double decision = 0x1p-49 * static_cast<double>(dim + 4);  // rounding of the float64 decision, relative
-  int32_t scan = 0;
-  float *value = new (std::nothrow) float[static_cast<size_t>(dims)];
-  double *wide = new (std::nothrow) double[static_cast<size_t>(dims) * 2];
-  if (value == nullptr || wide == nullptr) {
-    delete[] value;
-    delete[] wide;
-    return -1;
+// |e| of 8 codes, summed in the order of the contract: the decision divides by these very numbers.
+template <class P>
+void code_norms(const vqk_codes *codebook, int64_t head_index, int64_t first, float *copies, double *out) {
+  const void *rows[8];
+  const int64_t dim = codebook->size[2], last = codebook->size[1] - 1;
+  for (int i = 0; i < 8; ++i) rows[i] = code_row(codebook, head_index, first + i < last ? first + i : last, copies + i * dim);
+  if (codebook->dtype == VQK_F64) {
+    const double *const *typed = reinterpret_cast<const double *const *>(rows);
+    P::template decide<false>(typed, typed, dim, out);
+  } else {
+    const float *const *typed = reinterpret_cast<const float *const *>(rows);
+    P::template decide<false>(typed, typed, dim, out);
   }
-  double *source = wide + dims;
+  for (int i = 0; i < 8; ++i) out[i] = std::sqrt(out[i]);
+}
+
+// A value in screen units. Float arithmetic where its range allows; its rounding is part of the bounds (2^-22 of the length).
+template <class P, class T>
+VQK_INLINE void quantise_row(const T *row, const float *centre, const float *zeros, double scale, int64_t dim, float *values,
+                             uint32_t *out, float *square, float *error) {
+  if (sizeof(T) == 4 && scale < 0x1p100 && scale > 0x1p-100) {
+    P::quantise(reinterpret_cast<const float *>(row), centre, static_cast<float>(scale), dim, out, square, error);
+    return;
+  }
+  for (int64_t d = 0; d < dim; ++d)
+    values[d] = static_cast<float>(scale * (static_cast<double>(row[d]) - static_cast<double>(centre[d])));
+  P::quantise(values, zeros, 1.0f, dim, out, square, error);
+}
+
+// What a code without a usable bound is: 0 one that can never win, 1 one that only a scan in float64 can judge.
+VQK_INLINE int32_t needs_scan(const vqk_codes *codebook, int64_t head_index, int64_t k, int32_t metric) {
+  const int64_t at = head_index * codebook->stride[0] + k * codebook->stride[1];
+  bool nan = false, infinite = false;
+  for (int64_t d = 0; d < codebook->size[2]; ++d) {
+    const double value = load_element(codebook->data, codebook->dtype, at + d);
+    nan = nan || value != value;
+    infinite = infinite || std::isinf(value);
+  }
+  // A NaN never wins; an infinity does so only by "dot".
+  return nan || (infinite && metric != VQK_DOT) ? 0 : 1;
+}
+
+template <class P, class Place>
+int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head, int64_t begin, int64_t end,
+                   GroupBound *block_bounds, uint64_t *keys) {
+  const int64_t dim = head->dim, steps = head->steps;
+  const bool split = P::splits && dim <= kSplitDims;
+  const float a = dot_error(split ? 3 * dim : dim);
+  const double sums = 0x1p-23 * static_cast<double>(dim + 32);     // rounding of the float32 sums of squares, relative
+  const double decision = 0x1p-49 * static_cast<double>(dim + 4);  // rounding of the float64 decision, relative
+  const double floor = 0x1p-124 * static_cast<double>(dim + 32);   // squares that underflow
+  float *zeros = new (std::nothrow) float[static_cast<size_t>(2 * dim + steps + 32 + 8 * dim)]();
+  if (zeros == nullptr) return -1;
+  float *values = zeros + dim, *copies = values + dim + 16;
+  uint32_t *elements = reinterpret_cast<uint32_t *>(copies + 8 * dim);
+  int32_t scan = 0;
   for (int64_t block = begin; block < end; ++block) {
     uint32_t *out = head_codes(head) + block * steps * kCodes;
     GroupBound bound = {0, 0, 0, 0};
     for (int c = 0; c < kCodes; ++c) {
       const int64_t k = block * kCodes + c;
+      if (metric == VQK_COSINE && c % 8 == 0 && k < head->num_codes)
+        code_norms<P>(codebook, head_index, k, copies, head_norms(head) + k);
       bool usable = k < head->num_codes;
-      double bias = 0;
+      float square = 0, error = 0;
       if (usable) {
-        const int64_t at = head_index * codebook->stride[0] + k * codebook->stride[1];
-        if (codebook->dtype == VQK_F32) {
-          const float *row = static_cast<const float *>(codebook->data) + at;
-          for (int64_t d = 0; d < dim; ++d) source[d] = row[d];
-        } else {
-          for (int64_t d = 0; d < dim; ++d) source[d] = load_element(codebook->data, codebook->dtype, at + d);
-        }
         double scale = head->scale;
         if (metric == VQK_COSINE) {
-          double square = 0;  // in the order of the contract: the decision divides by this very number
-          for (int64_t d = 0; d < dim; ++d) square += source[d] * source[d];
-          head_norms(head)[k] = std::sqrt(square);
-          scale = square > 0 ? 1.0 / head_norms(head)[k] : 0.0;
+          const double norm = head_norms(head)[k];
+          scale = norm > 0 ? 1.0 / norm : 0.0;
+          // Squares that underflow make the norm, and so the decision, differ from the direction of the code.
+          if (norm > 0 && !(norm > 1e-140)) scan = 1;
         }
-        double largest = 0, length = 0, residual = 0, rounded = 0, second = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : length, residual, rounded, second)
-        for (int64_t d = 0; d < dim; ++d) {
-          const double exact = scale * (source[d] - static_cast<double>(centre[d]));
-          const float q = round_operand<DimsPerStep>(static_cast<float>(exact));
-          double r = exact - static_cast<double>(q);
-          value[d] = q;
-          if (split) {
-            const float q2 = round_operand<DimsPerStep>(static_cast<float>(r));
-            value[dim + d] = q;
-            value[2 * dim + d] = q2;
-            r -= static_cast<double>(q2);
-            second += static_cast<double>(q2) * static_cast<double>(q2);
-          }
-          largest = std::fabs(source[d]) > largest ? std::fabs(source[d]) : largest;
-          length += exact * exact;
-          residual += r * r;
-          rounded += static_cast<double>(q) * static_cast<double>(q);
-        }
-        // A code with a NaN or an infinity never wins, except by "dot" against an infinity: leave that to the scan.
-        if (!(length < 1e300) || !(residual < 1e300)) {
-          bool nan = false, infinite = false;
-          for (int64_t d = 0; d < dim; ++d) {
-            nan = nan || source[d] != source[d];
-            infinite = infinite || std::isinf(source[d]);
-          }
-          if (!nan && (!infinite || metric == VQK_DOT)) scan = 1;
-          usable = false;
-        } else if (length > 1e36 || largest > 1e150 || (largest > 0 && largest < 1e-150)) {
-          scan = 1;
-          usable = false;
-        } else {
-          bias = metric == VQK_L2 ? length / 2 : 0.0;
-          const double reach = std::sqrt(length) * (1 + 0x1p-40);
-          // The product x2 . e2 is left out; |x2| <= 2^-8 |x1| by rounding to nearest.
-          const double spread = std::sqrt(residual) * (1 + 0x1p-40) + reach * 0x1p-48 +
-                                a * (std::sqrt(rounded) + std::sqrt(second)) * (1 + 0x1p-7) + 0x1.02p-8 * std::sqrt(second);
-          const double offset = bias * (a + 0x1p-22 + decision) + 0x1p-100;
-          const float reach_up = static_cast<float>(reach) * kSlack, spread_up = static_cast<float>(spread) * kSlack;
-          const float offset_up = static_cast<float>(offset) * kSlack;
-          bound.reach = reach_up > bound.reach ? reach_up : bound.reach;
-          bound.spread = spread_up > bound.spread ? spread_up : bound.spread;
-          bound.offset = offset_up > bound.offset ? offset_up : bound.offset;
-        }
-      }
-      head_bias(head)[k] = usable ? static_cast<float>(-bias) : -INFINITY;
-      for (int64_t d = usable ? (split ? 3 * dim : dim) : 0; d < dims; ++d) value[d] = 0;
-      for (int64_t s = 0; s < steps; ++s) {
-        uint32_t element;
-        if (DimsPerStep == 1)
-          element = float_to_bits(value[s]);
+        const void *row = code_row(codebook, head_index, k, copies);
+        if (codebook->dtype == VQK_F64)
+          quantise_row<P>(static_cast<const double *>(row), head_centre(head), zeros, scale, dim, values, elements, &square,
+                          &error);
         else
-          element = (float_to_bits(value[2 * s]) >> 16) | (float_to_bits(value[2 * s + 1]) & 0xffff0000u);
-        out[Place::at(steps, c, s)] = element;
+          quantise_row<P>(static_cast<const float *>(row), head_centre(head), zeros, scale, dim, values, elements, &square,
+                          &error);
+        if (!(square < 1e36f) || !(error < 1e36f)) {
+          scan |= needs_scan(codebook, head_index, k, metric);
+          usable = false;
+        }
       }
+      int64_t used = 0;
+      uint32_t hash[2] = {0, 0};
+      float bias = -INFINITY;
+      if (usable) {
+        used = P::used_steps(dim);
+        if (split) {  // rows are [x1 x2 x1], codes [e1 e1 e2]
+          uint16_t *parts = reinterpret_cast<uint16_t *>(elements);
+          for (int64_t d = 0; d < dim; ++d) parts[2 * dim + d] = parts[dim + d];
+          for (int64_t d = 0; d < dim; ++d) parts[dim + d] = parts[d];
+        }
+        for (int64_t s = 0; s < used; ++s) {
+          hash[0] += elements[s] * (static_cast<uint32_t>(s) * 0x9e3779b1u | 1u);
+          hash[1] += (elements[s] >> 7) * (static_cast<uint32_t>(s) * 0x85ebca6bu | 1u);
+        }
+        const double half = metric == VQK_L2 ? static_cast<double>(square) / 2 : 0.0;
+        const double reach = std::sqrt(static_cast<double>(square) * (1 + sums) + floor);
+        const double residual = std::sqrt(static_cast<double>(error) * (1 + sums) + floor) + 0x1p-22 * reach;
+        // Split operands leave out x2 . e2, and |x2| <= 2^-8 |x|, |e2| <= 2^-8 |e|.
+        const double spread = residual + a * (reach + residual) * (1 + 0x1p-6) + (split ? 0x1.1p-16 * reach : 0.0);
+        const double offset = half * (a + sums + 0x1p-21 + decision) + 0x1p-100;
+        const float reach_up = static_cast<float>(reach) * kSlack, spread_up = static_cast<float>(spread) * kSlack;
+        const float offset_up = static_cast<float>(offset) * kSlack;
+        bound.reach = reach_up > bound.reach ? reach_up : bound.reach;
+        bound.spread = spread_up > bound.spread ? spread_up : bound.spread;
+        bound.offset = offset_up > bound.offset ? offset_up : bound.offset;
+        bias = static_cast<float>(-half);
+      }
+      for (int64_t s = used; s < steps; ++s) elements[s] = 0;
+      for (int64_t s = 0; s < steps; s += 16)
+        Place::put(out, c, s, elements + s, steps - s < 16 ? static_cast<int>(steps - s) : 16);
+      keys[k] = static_cast<uint64_t>(hash[0]) << 32 | hash[1];
+      head_bias(head)[k] = bias;
     }
     block_bounds[block] = bound;
   }
-  delete[] value;
-  delete[] wide;
+  delete[] zeros;
   return scan;
 }
-
-struct Interleaved {  // [steps][16 codes]: one vector per step, or one broadcast per code
-  VQK_INLINE int64_t at(int64_t, int c, int64_t s) { return s * kCodes + c; }
-};
-
-struct Tiled {  // [steps / 16][16 codes][16 steps]: the A operand of an AMX tile product
-  VQK_INLINE int64_t at(int64_t, int c, int64_t s) { return (s / 16) * 256 + c * 16 + s % 16; }
-};
 
 VQK_INLINE int64_t row_start(const Block *block, int64_t row) {
   const int64_t n = block->first + row, inner = block->x->size[2];
@@ -205,13 +234,12 @@ void prepare_rows(Block *block) {
   const PackedHead *head = block->head;
   const int64_t dim = head->dim, steps = head->steps, padded = block->padded_rows;
   const bool in_place = rows_in_place(block->x), wide = block->x->dtype == VQK_F64;
-  const bool exotic = wide || head->row_scale > 0x1p100 || head->row_scale < 0x1p-100;
-  const float scale = static_cast<float>(exotic ? 1.0 : head->row_scale);
   const float *centre = head_centre(head);
   float *values = block->convert;                                                // one row
   uint32_t *elements = reinterpret_cast<uint32_t *>(block->convert + dim + 32);  // [lanes][steps + 16]
   const int64_t pitch = steps + 16;
   const float decision = 0x1p-49f * static_cast<float>(dim + 4), floor = 0x1p-124f * static_cast<float>(dim + 32);
+  const float sums = 1.0f + 0x1p-23f * static_cast<float>(dim + 32);  // rounding of the float32 sums of squares
 
   for (int64_t tile = 0; tile < padded; tile += lanes) {
     const int64_t end = tile + lanes < block->rows ? tile + lanes : block->rows;
@@ -221,19 +249,14 @@ void prepare_rows(Block *block) {
       float square = 0, error = 0;
       block->row_scan[r] = 0;
       if (r < block->rows) {
-        if (exotic) {
-          for (int64_t d = 0; d < dim; ++d) {
-            const double v = wide ? double_row(block, r)[d] : static_cast<double>(float_row(block, r)[d]);
-            values[d] = static_cast<float>(head->row_scale * (v - static_cast<double>(centre[d])));
-          }
-          P::quantise(values, block->zeros, 1.0f, dim, out, &square, &error);
-        } else {
-          P::quantise(float_row(block, r), centre, scale, dim, out, &square, &error);
-        }
+        if (wide)
+          quantise_row<P>(double_row(block, r), centre, block->zeros, head->row_scale, dim, values, out, &square, &error);
+        else
+          quantise_row<P>(float_row(block, r), centre, block->zeros, head->row_scale, dim, values, out, &square, &error);
         for (int64_t s = P::used_steps(dim); s < steps; ++s) out[s] = 0;
-        const float length = std::sqrt(square + floor) * kSlack;
-        // 2^-23 |x'|: rounding of x - centre and of the conversion to float32.
-        const float residual = std::sqrt(error + floor) * kSlack + 0x1p-23f * length;
+        const float length = std::sqrt(square * sums + floor) * kSlack;
+        // 2^-22 |x'|: rounding of x - centre and of the conversion to float32.
+        const float residual = std::sqrt(error * sums + floor) * kSlack + 0x1p-22f * length;
         block->row_length[r] = length;
         block->row_residual[r] = residual;
         block->row_offset[r] = decision * length * length;

@@ -5,6 +5,7 @@ namespace vqk {
 namespace {
 
 struct Portable {
+  static constexpr bool splits = false;
   typedef float V __attribute__((vector_size(16), aligned(16)));
   typedef float Unaligned __attribute__((vector_size(16), aligned(4)));
   typedef int32_t Mask __attribute__((vector_size(16)));
@@ -70,7 +71,7 @@ const Kernels kernels_scalar = {Portable::dims_per_step,
                                 Portable::lanes,
                                 Portable::lanes * Portable::row_vectors,
                                 192,
-                                pack_codes<1, Interleaved>,
+                                pack_codes<Portable, Interleaved>,
                                 prepare_rows<Portable>,
                                 screen_simd<Portable>,
                                 finish_block<Portable>};
