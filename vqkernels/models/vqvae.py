@@ -114,7 +114,8 @@ class ResidualBlock(nn.Module):
         self.project = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.project(F.relu(self.conv(F.relu(x))))
+        added: Tensor = self.project(F.relu(self.conv(F.relu(x))))
+        return x + added
 
 
 class _ResidualStack(nn.ModuleList):
@@ -164,7 +165,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in itertools.pairwise(widths))
 
     def forward(self, quantized: Tensor) -> Tensor:
-        x = self.residual(self.mix(quantized))
+        x: Tensor = self.residual(self.mix(quantized))
         for i, layer in enumerate(self.up):
             x = layer(x if i == 0 else F.relu(x))
         return x

@@ -298,7 +298,8 @@ def sample_crops(
     Returns:
         uint8 (N, 3, side, side) and names.
     """
-    chosen = [round(i * (len(images) - 1) / max(1, count - 1)) for i in range(min(count, len(images)))]
+    taken = min(count, len(images))
+    chosen = [round(i * (len(images) - 1) / max(1, taken - 1)) for i in range(taken)]
     shortest = min(min(images[i].shape[:2]) for i in chosen)
     side = max(size, min(shortest, largest) // multiple * multiple)
     crops, names = [], []

@@ -102,11 +102,15 @@ def curves(path: Path, history: Mapping[str, Sequence[Mapping[str, Any]]], codes
         if points:
             axes.plot(*zip(*points, strict=True), **style)
 
-    # Terms that are zero throughout (the codebook loss under EMA) have no place on a logarithmic axis.
-    for name, color in (("reconstruction", "C0"), ("commitment", "C1"), ("codebook", "C2")):
-        if any(line[name] > 0 for line in train):
-            draw(losses, train, name, color=color, label=name, linewidth=1.2)
-    losses.set(title="Loss terms (training)", yscale="log")
+    # The codebook and the commitment loss have the same value by definition (only their gradients differ): one curve.
+    for name, label, color in (
+        ("loss", "total", "C7"),
+        ("reconstruction", "reconstruction (mean squared error)", "C0"),
+        ("commitment", "quantization, mean (z - e)^2", "C1"),
+    ):
+        if any(line[name] > 0 for line in train):  # else there is nothing to show on a logarithmic axis
+            draw(losses, train, name, color=color, label=label, linewidth=1.2)
+    losses.set(title="Loss terms (training batches)", yscale="log")
     for axes, name, heading in (
         (psnr, "psnr", "PSNR (dB)"),
         (usage, "usage", "Codebook usage (%)"),
