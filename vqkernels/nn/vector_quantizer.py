@@ -192,13 +192,12 @@ class VectorQuantizer(nn.Module):
         learning = self.training and not self.frozen and not _in_backward()
         if learning and self._waiting:
             self._start(rows, valid)
-        codes = self._codes(learning)
-        search = None
+        given = self._codes(learning)
+        codes, search = self._unit(given), None
         if self.normalize:
-            raw = rows
+            # Cosine compares what was given: an angle does not depend on lengths, and rounded unit vectors would.
+            search = (rows, given) if self.metric == "cosine" else None
             rows = F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1)
-            # The angle between the values that were given, not between their rounded unit vectors.
-            search = (raw, self._as_codes(self.codebook)) if self.metric == "cosine" else None
         out = quantize_rows(rows, codes, metric=self.metric, gradient=self.gradient, mask=valid, search=search)
         if learning:
             with torch.no_grad():
@@ -223,7 +222,7 @@ class VectorQuantizer(nn.Module):
         """
         positions, shape = self._layout.positions(indices)
         first = self.channel_dim == 1 and len(shape) > 2
-        return self._layout.output(lookup_rows(self._codes(False), positions, first), shape)
+        return self._layout.output(lookup_rows(self._unit(self._as_codes(self.codebook)), positions, first), shape)
 
     def _rows(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``z`` as (H, B, S, D) and the mask as (H, B, S), checked."""
@@ -243,6 +242,10 @@ class VectorQuantizer(nn.Module):
         elif learning and (self.decay is not None or self.dead_code_ratio > 0):
             codes = codes.clone()
             self._last_codes = None if torch.compiler.is_compiling() else codes.detach()
+        return codes
+
+    def _unit(self, codes: Tensor) -> Tensor:
+        """The codes that are output; an EMA codebook holds unit vectors already."""
         return F.normalize(codes, dim=-1) if self.normalize and self.decay is None else codes
 
     # -- learning ------------------------------------------------------------------------------------------------------
