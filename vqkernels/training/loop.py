@@ -108,9 +108,10 @@ class _Run:
         self._report_images()
         seed_step(config.seed, 0)
         try:
-            self.model = VQVAE(config.model).to(self.device, memory_format=torch.channels_last)
+            self.model = VQVAE(config.model).to(self.device)
         except (ValueError, TypeError) as e:
             raise TrainingError(str(e)) from e
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, betas=(0.9, 0.95))
         self.window = metrics.Window(config.heads, config.codes, self.device)

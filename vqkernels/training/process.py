@@ -41,16 +41,15 @@ def process_settings(config: TrainConfig) -> Iterator[None]:
     """
     threads, backend = torch.get_num_threads(), os.environ.get("VQKERNELS_BACKEND")
     deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only, fill = (
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     # cuBLAS reads this when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Filling every torch.empty costs time and changes nothing in a program that writes before it reads.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        memory.fill_uninitialized_memory = False
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if config.backend != "auto":
@@ -59,7 +58,7 @@ def process_settings(config: TrainConfig) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
         torch.set_num_threads(threads)
         if backend is None:
             os.environ.pop("VQKERNELS_BACKEND", None)
@@ -77,8 +76,8 @@ def make_accelerator(config: TrainConfig) -> Any:
         TrainingError: the device or the precision is not available here.
     """
     accelerate, state = require("accelerate"), require("accelerate.state")
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if config.device in available and not available[config.device]():
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(config.device, True):
         raise TrainingError(f"device is {config.device!r}, which torch cannot use on this machine")
     # accelerate keeps one precision per process; a second run in the same process may want another.
     state.AcceleratorState._reset_state(reset_partial_state=False)
