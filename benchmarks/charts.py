@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw"]
+__all__ = ["ALT", "draw", "kernels"]
 
 Record = dict[str, Any]
+ALT = {
+    "search": "Speed-up of the nearest-code search over torch.cdist + argmin, per model",
+    "train": "Speed-up of a training step over vector-quantize-pytorch, per model",
+    "memory": "Peak memory that one call adds",
+    "scaling": "Time against N, K and D",
+}
 OURS, PEER, DARK, INK = "#0b7a75", "#9bb7c4", "#5b7c8d", "#222222"
 
 

@@ -7,6 +7,7 @@ Reads ``benchmarks/results/<device>/*.json``, nothing else: a number in the docu
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -199,6 +200,27 @@ def _floors(cases: dict[str, Record]) -> str:
     return _markdown(header, rows, 2) + "\n\nMilliseconds. " + _conditions(_ordered(cases))
 
 
+def _memory_short(cases: dict[str, Record]) -> str:
+    record = cases["llamagen-256"]
+    rows = []
+    for entry in record["results"].values():
+        found = f"{entry['mib']:.0f}" if "mib" in entry else f"not run: {entry['not_run']}"
+        rows.append([{"search": "search", "train": "training step"}[entry["op"]], entry["title"], found])
+    header = [f"{record['title']}, {record['size']}", "", "peak memory added, MiB"]
+    return _markdown(header, rows, 2) + "\n\n" + _conditions([record])
+
+
+def _wrong(record: Record) -> str:
+    others = [
+        f"{r['title']} {_percent(r['wrong_rows_percent'])} %" for name, r in record["results"].items() if name in PEERS
+    ]
+    return (
+        f"How often others miss it, in the first training step of a VQGAN ({record['size']}, codes U(-1/K, 1/K), "
+        f"{record['checked_rows']} rows compared with the float64 oracle): {', '.join(others)}; "
+        f"vqkernels {_percent(record['results']['vqkernels']['wrong_rows_percent'])} %. "
+    ) + _conditions([record])
+
+
 def _bars(results: check.Results) -> str:
     text, _ = check.table(results)
     return f"```text\n{text}\n```"
@@ -234,24 +256,32 @@ def main(arguments: list[str] | None = None) -> int:
         print("no results yet: run `python -m benchmarks.run --all` first", file=sys.stderr)
         return 1
     results = check.load(folder)
-    sections = {}
+    sections = {"bars": _bars(results)}
     if cases := results.get("search"):
         sections |= {"search-short": _search_short(cases), "search": _search_long(cases), "peaks": _peaks(cases)}
         sections["floors"] = _floors(cases)
+        if "vqgan-init" in cases:
+            sections["wrong"] = _wrong(cases["vqgan-init"])
     if cases := results.get("train"):
         sections["train"] = _train(cases)
     if cases := results.get("memory"):
         sections["memory"] = _memory(cases)
+        if "llamagen-256" in cases:
+            sections["memory-short"] = _memory_short(cases)
     if cases := results.get("scaling"):
         sections["scaling"] = _scaling(cases)
-    sections["bars"] = _bars(results)
-    for path in (options.docs / p for p in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md")):
-        written = [name for name, text in sections.items() if _replace(path, name, text)]
-        print(f"{path.relative_to(options.docs)}: {', '.join(written) or 'no markers'}")
     from benchmarks import charts
 
-    for path in charts.draw(results, options.docs / IMAGES.relative_to(ROOT)):
-        print(path.relative_to(options.docs))
+    images = charts.draw(results, options.docs / IMAGES.relative_to(ROOT))
+    for document in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md"):
+        path = options.docs / document
+        for image in images:
+            kind = image.stem.removeprefix("bench-")
+            link = os.path.relpath(image, path.parent).replace(os.sep, "/")
+            sections[f"chart-{kind}"] = f"![{charts.ALT[kind]}]({link})"
+        written = [name for name, text in sections.items() if _replace(path, name, text)]
+        print(f"{document}: {', '.join(written) or 'no markers'}")
+    print(f"charts: {', '.join(i.name for i in images) or 'none'}")
     return 0
 
 
