@@ -1,8 +1,8 @@
 // A 128-bit fingerprint of a codebook's content: it says whether a packed codebook is still the right one.
-// Not cryptographic; 8 lanes of multiply-and-add per 64 bytes, as xxHash's XXH3 does, with keys that depend on the position.
+// Not cryptographic; 8 lanes of multiply-and-add per 64 bytes in the manner of XXH3, with keys that depend on the position.
 #include <new>
 
-#include "common.h"
+#include "cpu/elements.h"
 
 namespace vqk {
 namespace {
@@ -18,32 +18,36 @@ VQK_INLINE uint64_t mix(uint64_t v) {
   return v ^ (v >> 33);
 }
 
-void hash_piece(const unsigned char *data, int64_t bytes, uint64_t piece, uint64_t *out) {
-  uint64_t sum[8], key[8];
+// Two sums per lane: products of the halves of the keyed word (they depend on the position) and the words themselves.
+VQK_CLONES void hash_piece(const unsigned char *data, int64_t bytes, uint64_t piece, uint64_t *out) {
+  uint64_t product[8], plain[8], key[8], word[8];
   for (int i = 0; i < 8; ++i) {
-    sum[i] = mix(piece * 8 + static_cast<uint64_t>(i) + 1);
-    key[i] = mix(sum[i] + kPrime);
+    product[i] = mix(piece * 8 + static_cast<uint64_t>(i) + 1);
+    plain[i] = mix(product[i] ^ kPrime);
+    key[i] = mix(product[i] + kPrime);
   }
-  int64_t at = 0;
-  for (; at < bytes; at += 64) {
-    uint64_t word[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    std::memcpy(word, data + at, static_cast<size_t>(bytes - at < 64 ? bytes - at : 64));
+  for (int64_t at = 0; at < bytes; at += 64) {
+    if (bytes - at >= 64) {
+      std::memcpy(word, data + at, 64);
+    } else {
+      std::memset(word, 0, 64);
+      std::memcpy(word, data + at, static_cast<size_t>(bytes - at));
+    }
+#pragma omp simd
     for (int i = 0; i < 8; ++i) {
       const uint64_t keyed = word[i] ^ key[i];
-      sum[i ^ 1] += word[i];
-      sum[i] += (keyed & 0xffffffffu) * (keyed >> 32);
+      product[i] += (keyed & 0xffffffffu) * (keyed >> 32);
+      plain[i] = ((plain[i] << 7) | (plain[i] >> 57)) + word[i];
       key[i] += kPrime;
     }
-    if ((at & 1023) == 960)
-      for (int i = 0; i < 8; ++i) sum[i] = (sum[i] ^ (sum[i] >> 47) ^ key[i]) * 0x9e3779b1u;
   }
   uint64_t low = static_cast<uint64_t>(bytes) * kPrime, high = ~low;
   for (int i = 0; i < 8; ++i) {
-    low = mix(low ^ sum[i]) + kPrime;
-    high = mix(high + (sum[i] << 32 | sum[i] >> 32)) ^ kPrime;
+    low = mix(low ^ product[i]) + plain[i];
+    high = mix(high + plain[i]) ^ product[i];
   }
-  out[0] = low;
-  out[1] = high;
+  out[0] = mix(low);
+  out[1] = mix(high);
 }
 
 }  // namespace
