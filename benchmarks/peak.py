@@ -5,6 +5,8 @@ Compiles ``peak.cpp`` into a temporary folder; called by ``run``, which prints e
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import platform
@@ -25,6 +27,29 @@ LABELS = {
 }
 
 
+@functools.cache
+def _program() -> tuple[Path | None, str | None]:
+    """The compiled probe, once per process, or the reason why there is none."""
+    if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
+        return None, f"peaks are measured on x86-64 Linux only, this is {platform.system()} {platform.machine()}"
+    names = [name for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name]
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
+        return None, "no C++ compiler found (g++, clang++, c++ or $CXX)"
+    folder = tempfile.mkdtemp(prefix="vqkernels-peak-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    program = Path(folder) / "peak"
+    source = Path(__file__).with_name("peak.cpp")
+    build = [compiler, "-O3", "-std=c++17", "-pthread", str(source), "-o", str(program)]
+    try:
+        subprocess.run(build, check=True, capture_output=True, text=True, timeout=120)
+    except subprocess.CalledProcessError as e:
+        return None, f"{Path(compiler).name} failed: {(e.stderr or 'no message').strip().splitlines()[0]}"
+    except (subprocess.TimeoutExpired, OSError) as e:
+        return None, f"{Path(compiler).name} did not run: {type(e).__name__}"
+    return program, None
+
+
 def measure(threads: int, seconds: float = 0.03) -> tuple[dict[str, float], str | None]:
     """Operations per second of all threads together, best of five windows.
 
@@ -36,26 +61,15 @@ def measure(threads: int, seconds: float = 0.03) -> tuple[dict[str, float], str 
         The rates by the keys of ``LABELS`` (instruction sets that this machine lacks are left out), and the reason if
         nothing could be measured.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
-        return {}, f"peaks are measured on x86-64 Linux only, this is {platform.system()} {platform.machine()}"
-    compiler = next(
-        (found for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c and (found := shutil.which(c))), None
-    )
-    if compiler is None:
-        return {}, "no C++ compiler found (g++, clang++, c++ or $CXX)"
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "peak"
-        source = Path(__file__).with_name("peak.cpp")
-        build = [compiler, "-O3", "-std=c++17", "-pthread", str(source), "-o", str(program)]
-        try:
-            subprocess.run(build, check=True, capture_output=True, text=True, timeout=120)
-            run = subprocess.run(
-                [str(program), str(threads), str(seconds)], check=True, capture_output=True, text=True, timeout=120
-            )
-        except subprocess.CalledProcessError as e:
-            return {}, f"{Path(e.cmd[0]).name} failed: {(e.stderr or '').strip().splitlines()[:1]}"
-        except (subprocess.TimeoutExpired, OSError) as e:
-            return {}, f"the probe did not run: {type(e).__name__}"
+    program, reason = _program()
+    if program is None:
+        return {}, reason
+    try:
+        run = subprocess.run(
+            [str(program), str(threads), str(seconds)], check=True, capture_output=True, text=True, timeout=120
+        )
+    except (subprocess.SubprocessError, OSError) as e:
+        return {}, f"the probe did not run: {type(e).__name__}"
     rates: dict[str, float] = json.loads(run.stdout)
     return rates, None
 

@@ -54,7 +54,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--rounds", type=int, default=15, help="turns of each contestant at most (default: %(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=15.0, help="per case; at least 5 rounds (default: %(default)s)"
+        "--seconds", type=float, default=10.0, help="per case; at least 5 rounds (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="write the records to this file instead of results/<device>/")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="instead of benchmarks/results/<device>")

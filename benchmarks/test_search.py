@@ -32,6 +32,6 @@ def test_search(benchmark: Any, name: str, peer: str) -> None:
     wrong = int((work()[chosen] != expected).sum())
     if peer == "vqkernels":
         assert wrong == 0
-    benchmark.group = f"{case.title}: {case.size}, {case.metric}"
+    benchmark.group = f"search, {case.title}: {case.size}, {case.metric}"
     benchmark.extra_info["wrong_rows_percent"] = 100 * wrong / len(chosen)
     benchmark.pedantic(work, rounds=7, warmup_rounds=1)

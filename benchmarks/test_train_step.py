@@ -32,6 +32,6 @@ def test_train_step(benchmark: Any, name: str, peer: str) -> None:
     wrong = int((step()[chosen] != expected).sum())
     if peer.startswith("vqkernels"):
         assert wrong == 0
-    benchmark.group = f"{case.title}: {case.size}, {case.metric}"
+    benchmark.group = f"training step, {case.title}: {case.size}, {case.metric}"
     benchmark.extra_info["wrong_rows_percent"] = 100 * wrong / len(chosen)
     benchmark.pedantic(step, rounds=7, warmup_rounds=1)
