@@ -162,7 +162,7 @@ def test_pure_can_be_asked_for(environment: Environment) -> None:
 @needs_compiler
 def test_editable_install_finds_its_library_beside_the_sources(environment: Environment) -> None:
     # Unoptimised: this is about files, not about kernels.
-    environment.install("-Ccmake.build-type=Debug", "-e", ROOT, VQKERNELS_REQUIRE_NATIVE="1")
+    environment.install("--config-settings=cmake.build-type=Debug", "-e", ROOT, VQKERNELS_REQUIRE_NATIVE="1")
     found = environment.probe()
     assert found["file"] == str(ROOT / "vqkernels" / "__init__.py")
     assert found["library"] == str(environment.site / "vqkernels" / "lib" / "libvqk_cpu.so")
