@@ -7,9 +7,14 @@
 #include <cinttypes>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "common.h"
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 // One build per vector width, chosen when the library is loaded. Contraction is off and every order of summation is
 // spelled out, so all of them give the same bits. Sanitizers and loaders without ifunc (musl, macOS) take the baseline.
@@ -126,6 +131,31 @@ const typename T::raw *pointer(const void *data) {
 template <class T>
 typename T::raw *pointer(void *data) {
   return static_cast<typename T::raw *>(data);
+}
+
+// to[j * to_step + i] = from[i * width + j] for i < count, j < width: floats in registers, four by four.
+template <int64_t count, int64_t width, class V>
+VQK_INLINE void transpose(const V *__restrict from, V *__restrict to, int64_t to_step) {
+  static_assert(count % 4 == 0 && width % 4 == 0, "no remainders");
+#if defined(__SSE2__)
+  if constexpr (std::is_same<V, float>::value) {
+    for (int64_t i = 0; i < count; i += 4)
+      for (int64_t j = 0; j < width; j += 4) {
+        const float *in = from + i * width + j;
+        __m128 a = _mm_loadu_ps(in), b = _mm_loadu_ps(in + width), c = _mm_loadu_ps(in + 2 * width),
+               d = _mm_loadu_ps(in + 3 * width);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        float *out = to + j * to_step + i;
+        _mm_storeu_ps(out, a);
+        _mm_storeu_ps(out + to_step, b);
+        _mm_storeu_ps(out + 2 * to_step, c);
+        _mm_storeu_ps(out + 3 * to_step, d);
+      }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < width; ++j) to[j * to_step + i] = from[i * width + j];
 }
 
 // Rows per work item, so that one is worth handing to another thread.

@@ -8,18 +8,33 @@ constexpr int64_t lanes = 256;     // rows of a block: long runs in every plane 
 constexpr int64_t tile_dims = 16;  // planes that are written at a time: a cache line of every code
 constexpr int64_t tile_rows = 32;
 
+// A block of rows into planes: a cache line of every code at a time, transposed, then one long run per plane.
 template <class In, class Out>
-void scatter_tile(const typename In::raw *const *source, const int64_t *step, int64_t count, int64_t first, int64_t last,
-                  typename Out::raw *target, int64_t row_step, int64_t dim_step) {
-  typename Out::raw tile[tile_dims][tile_rows];
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = first; d < last; ++d) tile[d - first][i] = Out::put(In::get(source[i][d * step[i]]));
-  for (int64_t d = first; d < last; ++d) {
-    auto *to = target + d * dim_step;
-    if (row_step == 1)
-      std::copy(tile[d - first], tile[d - first] + count, to);
-    else
-      for (int64_t i = 0; i < count; ++i) to[i * row_step] = tile[d - first][i];
+void scatter(const typename In::raw *const *source, const int64_t *step, int64_t count, int64_t D, typename Out::raw *target,
+             int64_t row_step, int64_t dim_step) {
+  using raw = typename Out::raw;
+  raw gathered[tile_rows * tile_dims] = {}, tile[tile_dims * lanes];
+  for (int64_t first = 0; first < D; first += tile_dims) {
+    const int64_t dims = std::min(tile_dims, D - first);
+    for (int64_t row = 0; row < count; row += tile_rows) {
+      for (int64_t i = 0; i < std::min(tile_rows, count - row); ++i) {
+        const auto *from = source[row + i] + first * step[row + i];
+        raw *to = gathered + i * tile_dims;
+        if (step[row + i] == 1 && dims == tile_dims)
+          for (int64_t d = 0; d < tile_dims; ++d) to[d] = Out::put(In::get(from[d]));
+        else
+          for (int64_t d = 0; d < dims; ++d) to[d] = Out::put(In::get(from[d * step[row + i]]));
+      }
+      transpose<tile_rows, tile_dims>(gathered, tile + row, lanes);
+    }
+    for (int64_t d = 0; d < dims; ++d) {
+      raw *to = target + (first + d) * dim_step;
+      const raw *from = tile + d * lanes;
+      if (row_step == 1)
+        std::copy(from, from + count, to);
+      else
+        for (int64_t i = 0; i < count; ++i) to[i * row_step] = from[i];
+    }
   }
 }
 
@@ -61,10 +76,7 @@ void gather(const vqk_codes &codebook, const int64_t *indices, const vqk_rows &o
             for (int64_t d = 0; d < D; ++d) to[d] = Out::put(In::get(source[i][d * step[i]]));
         }
       } else {
-        for (int64_t dim = 0; dim < D; dim += tile_dims)
-          for (int64_t i = 0; i < count; i += tile_rows)
-            scatter_tile<In, Out>(source + i, step + i, std::min(tile_rows, count - i), dim, std::min(dim + tile_dims, D),
-                                  target + i * out.stride[2], out.stride[2], out_step);
+        scatter<In, Out>(source, step, count, D, target, out.stride[2], out_step);
       }
     }
   });

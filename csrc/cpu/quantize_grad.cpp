@@ -105,37 +105,35 @@ VQK_CLONES void pass_through(const V *g, const V *z, const V *e, int64_t D, V c,
 // The same for a block of channel-first rows; `codes` holds one row of the codebook each, nullptr for "no code".
 template <class Z, class V = typename Z::value>
 VQK_CLONES void pass_through_columns(const typename Z::raw *g, int64_t g_step, const typename Z::raw *z, int64_t z_step,
-                                     const V *const *codes, int64_t count, int64_t D, V c, typename Z::raw *__restrict out,
-                                     int64_t out_step) {
-  V tile[tile_dims][lanes] = {};
+                                     const V *const *codes, bool masked, int64_t count, int64_t D, V c,
+                                     typename Z::raw *__restrict out, int64_t out_step) {
+  // Codes lie anywhere: a cache line of each is collected first, then transposed in registers. Planes of a power of two
+  // share their cache sets, so every one is visited once per block, for a long run.
+  V gathered[lanes * tile_dims] = {}, tile[tile_dims * column_rows];
   for (int64_t first = 0; first < D; first += tile_dims) {
     const int64_t dims = std::min(tile_dims, D - first);
     for (int64_t row = 0; row < count; row += lanes) {
-      const int64_t rows = std::min(lanes, count - row);
-      bool coded[lanes];
-      for (int64_t i = 0; i < rows; ++i) {
-        const V *code = codes[row + i];
-        coded[i] = code != nullptr;
-        if (coded[i])
-          for (int64_t d = 0; d < dims; ++d) tile[d][i] = code[first + d];
+      for (int64_t i = 0; i < std::min(lanes, count - row); ++i) {
+        if (codes[row + i] == nullptr) continue;
+        if (dims == tile_dims)
+          std::memcpy(gathered + i * tile_dims, codes[row + i] + first, tile_dims * sizeof(V));
+        else
+          std::copy(codes[row + i] + first, codes[row + i] + first + dims, gathered + i * tile_dims);
       }
-      for (int64_t d = 0; d < dims; ++d) {
-        const auto *zd = z + (first + d) * z_step + row;
-        auto *__restrict to = out + (first + d) * out_step + row;
-        const V *e = tile[d];
-        if (g == nullptr) {
-          for (int64_t i = 0; i < rows; ++i) {
-            const V value = c * (Z::get(zd[i]) - e[i]);
-            to[i] = Z::put(coded[i] ? value : V{});
-          }
-        } else {
-          const auto *gd = g + (first + d) * g_step + row;
-          for (int64_t i = 0; i < rows; ++i) {
-            const V value = Z::get(gd[i]) + c * (Z::get(zd[i]) - e[i]);
-            to[i] = Z::put(coded[i] ? value : V{});
-          }
-        }
+      transpose<lanes, tile_dims>(gathered, tile + row, column_rows);
+    }
+    for (int64_t d = 0; d < dims; ++d) {
+      const auto *zd = z + (first + d) * z_step;
+      const V *e = tile + d * column_rows;
+      auto *__restrict to = out + (first + d) * out_step;
+      if (g == nullptr) {
+        for (int64_t i = 0; i < count; ++i) to[i] = Z::put(c * (Z::get(zd[i]) - e[i]));
+      } else {
+        const auto *gd = g + (first + d) * g_step;
+        for (int64_t i = 0; i < count; ++i) to[i] = Z::put(Z::get(gd[i]) + c * (Z::get(zd[i]) - e[i]));
       }
+      for (int64_t i = 0; i < count && masked; ++i)
+        if (codes[i] == nullptr) to[i] = typename Z::raw{};
     }
   }
 }
@@ -220,14 +218,16 @@ int32_t run(const vqk_rows &grad, const vqk_rows &z, const vqk_codes &codebook, 
       const Block block{i / (B * blocks), i / blocks % B, first, std::min(block_rows, S - first)};
       const int64_t row = (block.head * B + block.item) * S + first;
       const V *codes[column_rows];
+      bool masked = false;
       for (int64_t j = 0; j < block.count; ++j) {
         const int64_t index = indices[row + j];
         const bool coded = check.ok(index, row + j) && index >= 0;
         codes[j] = coded ? read_code<V>(codebook, block.head, index, code_rows + j * D) : nullptr;
+        masked |= !coded;
       }
       if (columns) {
         pass_through_columns<Z>(with_grad ? at<Z>(grad, block) : nullptr, grad.stride[3], at<Z>(z, block), z.stride[3], codes,
-                                block.count, D, c, at<Z>(out, block), out.stride[3]);
+                                masked, block.count, D, c, at<Z>(out, block), out.stride[3]);
         continue;
       }
       int64_t g_step = 0, z_step = 0, out_step = D;
