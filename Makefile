@@ -7,6 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp)
 # What the compiled library and the installed metadata are made of; Python sources are read in place.
 BUILT_FROM := pyproject.toml constraints.txt csrc/CMakeLists.txt $(CPP)
 
@@ -26,13 +27,13 @@ check: $(VENV)/.dev  ## what a change must pass: lint, types, formatting, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/python -m pytest $(ARGS)
 
 format: $(VENV)/.dev  ## rewrite the sources in the style that `check` wants
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables and charts (ARGS goes to benchmarks.run)
 	$(BIN)/python -m benchmarks.run $(or $(ARGS),--all)
