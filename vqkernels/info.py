@@ -29,7 +29,7 @@ class Info:
     Attributes:
         versions: vqkernels, python, torch, numpy, platform.
         native: ``path``, ``abi``, ``compiler`` of the loaded library, or ``reason`` why there is none.
-        isa: ``used``, ``available`` instruction sets, or ``reason`` why none can be chosen.
+        isa: ``used`` and ``available`` instruction sets and how the ``choice`` is made, or ``reason`` why there is none.
         threads: of torch's pool, which the native library borrows.
         cuda: name of the current device, or why there is none.
         environment: the ``VQKERNELS_*`` variables that are set.
@@ -52,7 +52,7 @@ class Info:
         native, isa, cuda = self.native, self.isa, self.cuda
         if native["reason"] is None:
             library = f"{native['path']} (ABI {native['abi']}, {native['compiler']})"
-            instructions = isa["reason"] or f"{isa['used']} (this machine and build have {', '.join(isa['available'])})"
+            instructions = isa["reason"] or f"{isa['used']} ({isa['choice']}; runs here: {', '.join(isa['available'])})"
         else:
             library, instructions = f"none: {native['reason']}", "none"
         facts = [
@@ -102,12 +102,15 @@ def _native_info() -> dict[str, Any]:
 
 def _isa_info() -> dict[str, Any]:
     if (reason := _native.unavailable()) is not None:
-        return {"used": None, "available": [], "reason": reason}
+        return {"used": None, "choice": None, "available": [], "reason": reason}
     available = _native.supported()
+    forced = os.environ.get("VQKERNELS_ISA", "auto") not in ("", "auto")
+    # Which one is fastest depends on the sizes: the table names the preferred one, explain() the one of a call.
+    choice = "forced by VQKERNELS_ISA" if forced else "preferred, small codebooks may use another"
     try:
-        return {"used": _native.ISAS[_native.isa()], "available": available, "reason": None}
+        return {"used": _native.ISAS[_native.isa()], "choice": choice, "available": available, "reason": None}
     except ValueError as e:
-        return {"used": None, "available": available, "reason": str(e)}
+        return {"used": None, "choice": choice, "available": available, "reason": str(e)}
 
 
 def _cuda_info() -> dict[str, Any]:
