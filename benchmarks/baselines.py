@@ -119,8 +119,8 @@ def _faiss(case: Case, z: Tensor, codebook: Tensor) -> Work:
     index = faiss.IndexFlatL2(case.dim)
     index.add(codebook.numpy())
 
-    # Below N * D = 128000 faiss compares row by row, up to 15 times slower than its fused or blocked search (measured at
-    # LlamaGen's size), but faster for single frames: take the better of its two paths on this case.
+    # Below N * D = 128000 faiss compares row by row: good for single frames, far slower than its own fused search at
+    # LlamaGen's size. It gets the better of the two on this case.
     def search(threshold: int) -> Tensor:
         faiss.cvar.distance_compute_blas_threshold = threshold
         _, indices = index.search(_flat(case, z).numpy(), 1)
