@@ -29,7 +29,7 @@ class Info:
     Attributes:
         versions: vqkernels, python, torch, numpy, platform.
         native: ``path``, ``abi``, ``compiler`` of the loaded library, or ``reason`` why there is none.
-        isa: ``used`` and ``available`` instruction sets and how the ``choice`` is made, or ``reason`` why there is none.
+        isa: ``used`` and ``available`` instruction sets, how the ``choice`` is made, or ``reason`` why there is none.
         threads: of torch's pool, which the native library borrows.
         cuda: name of the current device, or why there is none.
         environment: the ``VQKERNELS_*`` variables that are set.
