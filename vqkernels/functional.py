@@ -285,7 +285,8 @@ class _Quantize(torch.autograd.Function):
         else:
             total = distance.sum(dtype=torch.float64)
         loss = (total * weight).to(z.dtype if z.dtype == torch.float64 else torch.float32)
-        ctx.save_for_backward(z, codebook, indices, weight)
+        # Five dims where Inductor sees it: ops/_register.py says why.
+        ctx.save_for_backward(z.unsqueeze(0) if torch.compiler.is_compiling() else z, codebook, indices, weight)
         ctx.gradient, ctx.channel_first = gradient, channel_first
         if gradient == "none":
             ctx.mark_non_differentiable(quantized)

@@ -48,7 +48,9 @@ def _fill_defaults(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         full = [*args, *defaults[len(args) :]]
         for key, value in kwargs.items():
             full[names.index(key)] = value
-        return run(*full)
+        # (1, H, B, S, D) is (H, B, S, D): what autograd saves for a compiled backward pass must not be a 4-d view, or
+        # Inductor for CPU (torch 2.13) asks for channels-last strides and cannot order them when they are symbolic.
+        return run(*(a.squeeze(0) if isinstance(a, torch.Tensor) and a.dim() == 5 else a for a in full))
 
     names: list[str] = []
     return wrapper

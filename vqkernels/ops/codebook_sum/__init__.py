@@ -20,7 +20,7 @@ CHUNK = 256
 
 
 def _fake(x: Tensor, indices: Tensor, num_codes: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    h, d = x.shape[0], x.shape[-1]
+    h, d = x.shape[-4], x.shape[-1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty((h, num_codes, d), dtype=dtype), x.new_empty((h, num_codes), dtype=torch.float32)
 

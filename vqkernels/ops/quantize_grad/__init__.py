@@ -36,7 +36,7 @@ def _fake(
     channel_first: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    h, b, s, d = z.shape
+    h, b, s, d = z.shape[-4:]
     return z.new_empty((h, b, d, s) if channel_first else (h, b, s, d))
 
 
