@@ -29,7 +29,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         t = tensors[name]
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
         if t.numel():
-            digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -85,12 +85,12 @@ class TrainConfig:
     held_out: float = 0.1
     batch_size: int = 32
     steps: int = 1000
-    lr: float = 1e-3
+    lr: float = 2e-3
     seed: int = 0
     codes: int = 512
     dim: int = 64
     downsample: int = 4
-    base_channels: int = 64
+    base_channels: int = 32
     residual_blocks: int = 2
     decay: float | None = 0.95
     commitment: float = 0.25
@@ -107,8 +107,8 @@ class TrainConfig:
     workers: int = 0
     tensorboard: bool = False
     log_every: int = 10
-    eval_every: int = 200
-    checkpoint_every: int = 200
+    eval_every: int = 100
+    checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
         for name, least in (

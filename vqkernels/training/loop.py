@@ -112,7 +112,7 @@ class _Run:
         except (ValueError, TypeError) as e:
             raise TrainingError(str(e)) from e
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, betas=(0.9, 0.95))
         self.window = metrics.Window(config.heads, config.codes, self.device)
         scaler_state = self._restore() if resume else None
@@ -292,9 +292,7 @@ class _Run:
             kept = (
                 f"; the checkpoint {self.folder.checkpoint} is from before" if self.folder.checkpoint.exists() else ""
             )
-            raise TrainingError(
-                f"the loss is not finite at step {self.step}: try a smaller --lr than {self.config.lr}{kept}"
-            )
+            raise TrainingError(f"the loss is not finite at step {self.step}: try --lr below {self.config.lr}{kept}")
 
     # TensorBoard
 
