@@ -303,8 +303,10 @@ class _Quantize(torch.autograd.Function):
                 dz = dz.transpose(-1, -2) if ctx.channel_first else dz
             if ctx.needs_input_grad[1]:
                 sums, counts = ops.codebook_sum(z, indices, codebook.shape[1])
+                # dE = scale * (count e - sum), in the buffer of the sums: fresh memory of K x D is what costs here.
                 scale = (2.0 * weight * grad_codebook).to(sums.dtype)
-                de = (torch.addcmul(-sums, counts.unsqueeze(-1).to(sums.dtype), codebook) * scale).to(codebook.dtype)
+                counts = counts.unsqueeze(-1).to(sums.dtype) * scale
+                de = sums.mul_(-scale).addcmul_(counts, codebook.to(sums.dtype)).to(codebook.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             sources = (z, codebook, grad, grad_codebook, grad_commitment)
             dz = None if dz is None else _apply(_Once, dz, *sources)
