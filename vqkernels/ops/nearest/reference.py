@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Scores that a chunk of rows may hold at a time: 16 MB in float32, whatever N and K are.
-CHUNK_ELEMENTS = 2**22
+# Elements that a temporary may hold, whatever N and K are: 8 MB in float64, a few such arrays at once.
+CHUNK_ELEMENTS = 2**20
 
 
 def supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
@@ -28,50 +28,79 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
         return indices.to(device), score.to(device)
     indices = torch.empty((h, b, s), dtype=torch.int64, device=device)
     score = torch.empty((h, b, s), dtype=torch.float32, device=device)
+    rows = max(1, CHUNK_ELEMENTS // max(codebook.shape[1], d))
     for head in range(h):
-        _search(x[head].reshape(b * s, d), codebook[head], metric, indices[head].view(-1), score[head].view(-1))
+        codes = _Codes(codebook[head], metric)
+        for image in range(0, b, images := max(1, rows // max(s, 1))):
+            for begin in range(0, s, rows):
+                here = (head, slice(image, image + images), slice(begin, begin + rows))
+                part = x[here]
+                found, value = _search(part.reshape(-1, d).double(), codes)
+                indices[here], score[here] = found.view(part.shape[:2]), value.view(part.shape[:2])
     return indices, score
 
 
-def _search(x: Tensor, codebook: Tensor, metric: str, indices: Tensor, score: Tensor) -> None:
-    """One head: ``x`` (N, D), ``codebook`` (K, D); writes ``indices`` and ``score`` (N,)."""
-    n, d = x.shape
-    k = codebook.shape[0]
-    codes = codebook.double()
-    norms = _norms(codes) if metric == "cosine" else None
+class _Codes:
+    """One head's codes (K, D) in float64, and what the screen needs of them.
 
-    # Screen: a similarity t to maximise, and |computed t - t| <= eps. Distances do not change when the mean code is
-    # subtracted from both sides, and without a common offset there is far less to cancel.
-    finite = codes.isfinite().all(1)
-    if metric == "l2":
-        kept = codes[finite]
-        centre = kept.mean(0) if len(kept) else torch.zeros(d, dtype=torch.float64, device=x.device)
-        target = codes - centre
-        half = target.square().sum(1) / 2
-    else:
-        centre = torch.zeros(d, dtype=torch.float64, device=x.device)
-        target = codes if norms is None else codes / torch.where(norms > 0, norms, 1.0)[:, None]
-        half = torch.zeros(k, dtype=torch.float64, device=x.device)
-    reach = target.norm(dim=1)
-    # float64 matmul in any order of summation, centring and h included; twice the textbook gamma for safety.
-    unit = 2.0 * (d + 8) * 2.0**-53
+    The screen maximises t = x'.e' - h with |computed t - t| <= eps. For "l2" x' and e' are x and e less the mean code
+    (distances do not change, and without a common offset there is far less to cancel) and h = |e'|^2 / 2; for
+    "cosine" e' = e / |e|; else nothing changes.
+    """
 
-    rows = max(1, CHUNK_ELEMENTS // max(k, 1))
-    for begin in range(0, n, rows):
-        part = x[begin : begin + rows].double()
-        shifted = part - centre
-        t = shifted @ target.T - half
-        length = shifted.norm(dim=1)
-        eps = unit * (length[:, None] * reach + half + length.square()[:, None]) + 1e-300
-        best = (t - eps).nan_to_num(nan=-torch.inf, posinf=-torch.inf).amax(1, keepdim=True)
-        # A row or a code that is not finite has no bound: all its pairs are decided in float64.
-        row, code = ((t + eps >= best) | ~(t + eps).isfinite()).nonzero(as_tuple=True)
-        value = _decide(part, codes, norms, row, code, metric)
-        stop = begin + part.shape[0]
-        indices[begin:stop] = _winner(value, row, code, part.shape[0], k)
-        every = torch.arange(part.shape[0], device=x.device)
-        chosen = _decide(part, codes, norms, every, indices[begin:stop], metric)
-        score[begin:stop] = (chosen if metric == "l2" else -chosen).float()
+    def __init__(self, codebook: Tensor, metric: str) -> None:
+        self.metric = metric
+        self.values = codebook.double()
+        k, d = codebook.shape
+        self.norms = _norms(self.values) if metric == "cosine" else None
+        self.centre = torch.zeros(d, dtype=torch.float64, device=codebook.device)
+        self.half = torch.zeros(k, dtype=torch.float64, device=codebook.device)
+        if metric == "l2":
+            kept = self.values[self.values.isfinite().all(1)]
+            self.centre = kept.mean(0) if len(kept) else self.centre
+            self.target = self.values - self.centre
+            self.half = self.target.square().sum(1) / 2
+        elif self.norms is not None:
+            self.target = self.values / torch.where(self.norms > 0, self.norms, 1.0)[:, None]
+        else:
+            self.target = self.values
+        reach = self.target.norm(dim=1)
+        largest = self.values.abs().amax(1)
+        # Squares beyond the range of float64 defeat the bound: such codes, and codes that are not finite, are decided
+        # for every row. t = -inf keeps them out of the screen.
+        extreme = (largest > 1e140) | ((largest > 0) & (largest < 1e-140))
+        unsafe = extreme | ~(reach.isfinite() & self.half.isfinite())
+        self.unsafe = unsafe.nonzero().squeeze(1)
+        self.target = torch.where(unsafe[:, None], 0.0, self.target).T
+        self.half = torch.where(unsafe, torch.inf, self.half)
+        self.reach = torch.where(unsafe, 0.0, reach).amax()
+        self.most_half = torch.where(unsafe, 0.0, self.half).amax()
+        # Matmul in any order of summation, centring and h included; twice the textbook bound for safety.
+        self.unit = 2.0 * (d + 8) * 2.0**-53
+
+
+def _search(x: Tensor, codes: _Codes) -> tuple[Tensor, Tensor]:
+    """``x`` (n, D) float64 against all codes: indices and scores (n,)."""
+    n, k = x.shape[0], codes.values.shape[0]
+    shifted = x - codes.centre
+    t = torch.addmm(-codes.half, shifted, codes.target)
+    length = shifted.norm(dim=1)
+    eps = codes.unit * ((length + codes.centre.norm()) * codes.reach + codes.most_half + length.square()) + 1e-290
+    # A row without a bound is decided against every code: its threshold is below everything, or not a number.
+    threshold = torch.where(eps.isfinite(), t.amax(1) - 2 * eps, -torch.inf)
+    row, code = (~(t < threshold[:, None])).nonzero(as_tuple=True)
+    winner = _Winner(n, k, x.device)
+    step = max(1, CHUNK_ELEMENTS // x.shape[1])
+    for begin in range(0, len(row), step):
+        part = slice(begin, begin + step)
+        winner.add(_decide(x, codes, row[part], code[part]), row[part], code[part])
+    every = torch.arange(n, device=x.device)
+    for unsafe in codes.unsafe.split(max(1, step // n)):
+        row, code = torch.cartesian_prod(every, unsafe).unbind(1)
+        winner.add(_decide(x, codes, row, code), row, code)
+    indices = winner.indices()
+    value = _decide(x, codes, every, indices)
+    return indices, (value if codes.metric == "l2" else -value).float()
 
 
 def _norms(codes: Tensor) -> Tensor:
@@ -85,28 +114,36 @@ def _norms(codes: Tensor) -> Tensor:
     return torch.from_numpy(np.sqrt(total.numpy()))
 
 
-def _decide(x: Tensor, codes: Tensor, norms: Tensor | None, row: Tensor, code: Tensor, metric: str) -> Tensor:
+def _decide(x: Tensor, codes: _Codes, row: Tensor, code: Tensor) -> Tensor:
     """The value to minimise for each pair (row, code), in the one order that every backend uses."""
+    a, e = x[row], codes.values[code]
+    terms = (a - e).square_() if codes.metric == "l2" else a.mul_(e)
     total = torch.zeros(row.shape[0], dtype=torch.float64, device=x.device)
-    for i in range(x.shape[1]):
-        a, e = x[:, i][row], codes[:, i][code]
-        if metric == "l2":
-            difference = a - e
-            total = total + difference * difference
-        else:
-            total = total + a * e
-    if norms is not None:
-        length = norms[code]
+    for term in terms.T.contiguous():
+        total += term
+    if codes.norms is not None:
+        length = codes.norms[code]
         total = torch.where(length > 0, total / length, torch.where(total.isnan(), total, 0.0 * total))
-    return total if metric == "l2" else -total
+    return total if codes.metric == "l2" else -total
 
 
-def _winner(value: Tensor, row: Tensor, code: Tensor, n: int, k: int) -> Tensor:
-    """Per row the lowest code with the smallest value; NaN and +inf never win; 0 if nothing can."""
-    value = torch.where(value.isnan(), torch.inf, value)
-    least = torch.full((n,), torch.inf, dtype=torch.float64, device=value.device)
-    least.scatter_reduce_(0, row, value, "amin")
-    wins = (value == least[row]) & (value < torch.inf)
-    index = torch.full((n,), k, dtype=torch.int64, device=value.device)
-    index.scatter_reduce_(0, row, torch.where(wins, code, k), "amin")
-    return torch.where(index == k, 0, index)
+class _Winner:
+    """Per row the lowest code with the smallest value so far; NaN and +inf never win; 0 if nothing can."""
+
+    def __init__(self, rows: int, num_codes: int, device: torch.device) -> None:
+        self.least = torch.full((rows,), torch.inf, dtype=torch.float64, device=device)
+        self.index = torch.full((rows,), num_codes, dtype=torch.int64, device=device)
+        self.none = num_codes
+
+    def add(self, value: Tensor, row: Tensor, code: Tensor) -> None:
+        """Pairs in any order; a pair may come twice."""
+        value = torch.where(value.isnan(), torch.inf, value)
+        least = self.least.scatter_reduce(0, row, value, "amin")
+        self.index = torch.where(least < self.least, self.none, self.index)
+        wins = (value == least[row]) & (value < torch.inf)
+        self.index.scatter_reduce_(0, row, torch.where(wins, code, self.none), "amin")
+        self.least = least
+
+    def indices(self) -> Tensor:
+        """(rows,) int64."""
+        return torch.where(self.index == self.none, 0, self.index)
