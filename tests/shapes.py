@@ -1,4 +1,4 @@
-"""The shapes that ``nearest`` is tested on, with inputs and exact answers computed once per session.
+"""The shapes that ``nearest`` is tested on, with inputs and exact answers computed once per session, and how to search.
 
 Called by tests/ops/test_nearest*.py.
 """
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqkernels.testing import oracle_nearest
+from vqkernels import _native
+from vqkernels.ops.nearest import nearest
+from vqkernels.testing import assert_nearest, oracle_nearest
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ISAS = tuple(_native.supported()) if _native.unavailable() is None else ()
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,19 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def expected(case: Case, metric: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The oracle's indices (N,) and scores (N,)."""
     return oracle_nearest(*inputs(case, dtype), metric)
+
+
+def search(
+    x: Tensor, codes: Tensor, metric: str = "l2", backend: str = "native", precision: str = "exact"
+) -> tuple[Tensor, Tensor]:
+    """(N, D) and (K, D) to indices and scores (N,)."""
+    indices, score = nearest(x[None, None], codes[None], metric, precision, backend)
+    return indices[0, 0], score[0, 0]
+
+
+def check(x: Tensor, codes: Tensor, metric: str, backend: str, answer: tuple[Tensor, Tensor] | None = None) -> None:
+    """Assert that all rows equal the oracle's ``answer``: the index, and the bits of the score but for -0 and NaN."""
+    indices, score = search(x, codes, metric, backend)
+    index, value = oracle_nearest(x, codes, metric) if answer is None else answer
+    if not (indices.equal(index) and score.view(torch.int32).equal(value.view(torch.int32))):
+        assert_nearest(indices, x, codes, metric, score)  # says what differs

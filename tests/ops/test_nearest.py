@@ -4,46 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import CASES, DTYPES, Case, expected, inputs
+from shapes import CASES, DTYPES, ISAS, Case, check, expected, inputs, search
 from torch import Tensor
 
-from vqkernels import _native
 from vqkernels.ops.nearest import METRICS, nearest
 from vqkernels.testing import assert_nearest, oracle_nearest, tie_cases
 
 NAMES = ["float32", "float64", "bfloat16", "float16"]
-ISAS = _native.supported() if _native.unavailable() is None else []
 BF16_ISAS = [name for name in ISAS if name in ("avx512bf16", "amx")]
-
-
-def search(
-    x: Tensor, codes: Tensor, metric: str = "l2", backend: str = "native", precision: str = "exact"
-) -> tuple[Tensor, Tensor]:
-    """(N, D) and (K, D) to indices and scores (N,)."""
-    indices, score = nearest(x[None, None], codes[None], metric, precision, backend)
-    return indices[0, 0], score[0, 0]
-
-
-def check_shape(case: Case, metric: str, dtype: torch.dtype, backend: str) -> None:
-    """All rows equal the oracle's, index and bits of the score."""
-    indices, score = search(*inputs(case, dtype), metric, backend)
-    index, value = expected(case, metric, dtype)
-    if not (indices.equal(index) and score.view(torch.int32).equal(value.view(torch.int32))):
-        assert_nearest(indices, *inputs(case, dtype), metric, score)  # says what differs, if more than the sign of 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_isa_equals_the_oracle(isa: str, metric: str, case: Case) -> None:
     for dtype in DTYPES:
-        check_shape(case, metric, dtype, "native")
+        check(*inputs(case, dtype), metric, "native", expected(case, metric, dtype))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 def test_reference_equals_the_oracle(metric: str, case: Case) -> None:
     for dtype in DTYPES:
-        check_shape(case, metric, dtype, "reference")
+        check(*inputs(case, dtype), metric, "reference", expected(case, metric, dtype))
 
 
 @pytest.mark.parametrize("codebook_dtype", DTYPES, ids=NAMES)
@@ -55,11 +37,9 @@ def test_rows_and_codes_of_different_dtypes(
     for n, k, d in ((63, 100, 9), (33, 257, 65)):
         x, codes = torch.randn(n, d).to(dtype), torch.randn(k, d).to(codebook_dtype)
         x[::3] = codes[:n].to(dtype)[::3]
-        index, value = oracle_nearest(x, codes, metric)
+        answer = oracle_nearest(x, codes, metric)
         for backend in ("native", "reference"):
-            indices, score = search(x, codes, metric, backend)
-            assert indices.equal(index)
-            assert score.equal(value)
+            check(x, codes, metric, backend, answer)
 
 
 # Codes 5 and 1 lie at distance 1 of the row 3, so 5 (index 0) wins; and so on by hand.
