@@ -136,6 +136,14 @@ def beyond_float32() -> Data:
     return codes[:63] + 1e-12 * x, codes
 
 
+def near_ties(row_scale: float, code_scale: float) -> Data:
+    """Codes that differ in the last bits of float64 only, half of them repeated; rows at another scale."""
+    x, codes = normal(63, 1, 16, torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    codes = codes * (1 + 2e-16 * torch.randint(3, (300, 16), generator=generator, dtype=torch.float64))
+    return x * row_scale, codes[torch.arange(300) // 2] * code_scale
+
+
 F64 = torch.float64
 DATA: dict[str, Callable[[], Data]] = {
     "classic init of 16384 codes": lambda: classic_init(100, 16384, 256),
@@ -178,6 +186,13 @@ DATA: dict[str, Callable[[], Data]] = {
     "largest float16": lambda: largest(torch.float16),
     "float32, all magnitudes": lambda: all_magnitudes(torch.float32, 37),
     "float64, all magnitudes": lambda: all_magnitudes(F64, 300),
+    "float64, near ties": lambda: near_ties(1, 1),
+    "float64, near ties of tiny rows": lambda: near_ties(1e-200, 1),
+    "float64, near ties of tiny codes": lambda: near_ties(1, 1e-200),
+    "float64, near ties of huge rows": lambda: near_ties(1e120, 1),
+    "float64, near ties of huge codes": lambda: near_ties(1, 1e120),
+    "float64, near ties of products that underflow": lambda: near_ties(1e-155, 1e-155),
+    "float64, near ties of huge rows and tiny codes": lambda: near_ties(1e200, 1e-120),
     "neighbouring float32": lambda: neighbours(torch.float32),
     "neighbouring float64": lambda: neighbours(F64),
     "an outlier among the codes": outlier_code,
