@@ -51,6 +51,13 @@ def config(photos: Path, tmp_path: Path) -> TrainConfig:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes longer than these trainings: one test does."""
+    if request.node.name != "test_curves_are_drawn":
+        monkeypatch.setattr(plots, "curves", lambda path, *_: path.write_bytes(b""))
+
+
 def weights(folder: str) -> dict[str, torch.Tensor]:
     return load_checkpoint(Path(folder) / "checkpoint.safetensors")[0]
 

@@ -91,7 +91,9 @@ def curves(path: Path, history: Mapping[str, Sequence[Mapping[str, Any]]], codes
     """
     # Figure and canvas directly: pyplot would keep global state and look for a display.
     figure_module, canvas_module = require("matplotlib.figure"), require("matplotlib.backends.backend_agg")
-    figure = figure_module.Figure(figsize=(11, 7), dpi=110, layout="constrained")
+    figure = figure_module.Figure(figsize=(11, 7), dpi=110)
+    # Fixed margins: an automatic layout draws everything twice, and this is drawn after every evaluation.
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.89, bottom=0.07, hspace=0.33, wspace=0.16)
     canvas_module.FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
     (losses, psnr), (usage, perplexity) = figure.subplots(2, 2)
