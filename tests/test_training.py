@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -370,3 +371,24 @@ def test_command_line_trains_and_resumes(photos: Path, tmp_path: Path, capfd: py
     assert "resuming at step 2" in said
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (stored["steps"], stored["codes"], stored["decay"], stored["data"]) == (3, 9, None, str(photos))
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(photos: Path, tmp_path: Path) -> None:
+    sizes = ("--image-size", "32", "--batch-size", "8", "--codes", "9", "--dim", "4", "--base-channels", "8")
+    arguments = ("train", "--data", str(photos), *sizes, "--steps", "4", "--device", "cpu", "--log-every", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    for name, how in (("one", ()), ("two", launch)):
+        command = [sys.executable, "-m", *how, "vqkernels", *arguments, "--output", str(tmp_path / name)]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.count("held-out: PSNR") == 1
+    one, two = weights(str(tmp_path / "one")), weights(str(tmp_path / "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    history = [without_timing(str(tmp_path / name))["history"]["train"] for name in ("one", "two")]
+    assert [line["reconstruction"] for line in history[1]] == pytest.approx(
+        [line["reconstruction"] for line in history[0]], rel=1e-4
+    )
