@@ -96,7 +96,8 @@ int32_t choose_units(const vqk_codes *codebook, int64_t head_index, int32_t metr
 
 // A code that repeats an earlier one can never win: take it out of the screen. Without this, a collapsed codebook (thousands of
 // dead codes at one place) makes every row decide thousands of exact ties.
-int32_t drop_duplicates(const vqk_codes *codebook, int64_t head_index, const uint64_t *keys, PackedHead *head) {
+int32_t drop_duplicates(const vqk_codes *codebook, int64_t head_index, const uint64_t *keys, const Kernels *kernels,
+                        PackedHead *head) {
   int64_t size = 64;
   while (size < 2 * head->num_codes) size *= 2;
   int64_t *slots = static_cast<int64_t *>(std::malloc(static_cast<size_t>(size) * sizeof(int64_t)));
@@ -118,7 +119,7 @@ int32_t drop_duplicates(const vqk_codes *codebook, int64_t head_index, const uin
         break;
       }
       if (keys[slot] == keys[k] && std::memcmp(row(slot), row(k), row_bytes) == 0) {
-        head_bias(head)[k] = -INFINITY;
+        kernels->exclude(head, k);
         break;
       }
     }
@@ -155,7 +156,7 @@ int32_t pack_head(const vqk_codes *codebook, int64_t head_index, int32_t metric,
     bounds[g] = bound;
     head->reach = std::fmax(head->reach, bound.reach);
   }
-  if (status == VQK_OK) status = drop_duplicates(codebook, head_index, keys, head);
+  if (status == VQK_OK) status = drop_duplicates(codebook, head_index, keys, kernels, head);
   std::free(block_bounds);
   return status;
 }

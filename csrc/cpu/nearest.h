@@ -14,8 +14,9 @@ constexpr int kCodes = 16;           // codes per block, the unit of packing
 constexpr int64_t kMaxGroups = 512;  // groups per head: bounds the screen's strip to 2 KB per row
 
 // Up to this many dims, bf16 operands are kept in two parts, x = x1 + x2 and e = e1 + e2, side by side along the contraction:
-// [x1 x2 x1] . [e1 e1 e2]. A tile product takes 32 dims whether they are used or not, so the extra precision is free there.
-constexpr int64_t kSplitDims = 10;
+// [x1 x2 x1 1 1 1] . [e1 e1 e2 b1 b2 b3], with the bias b of the code in three parts. A tile product takes 32 dims whether they
+// are used or not, so the extra precision is free there.
+constexpr int64_t kSplitDims = 9;
 
 // |computed t - t| <= row_residual * reach + row_length * spread + offset + row_offset, for every code of a group.
 struct GroupBound {
@@ -82,6 +83,7 @@ struct Kernels {
   // Returns 1 if a code defeats the bound (its head must be scanned).
   int32_t (*pack)(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head, int64_t begin, int64_t end,
                   GroupBound *block_bounds, uint64_t *keys);
+  void (*exclude)(PackedHead *head, int64_t code);  // the screen never takes this code again
   void (*prepare)(Block *block);
   void (*screen)(Block *block, int64_t begin, int64_t end);  // blocks of 16 codes, whole groups
   void (*finish)(Block *block);

@@ -22,6 +22,8 @@ struct Tiles {
       config.column_bytes[i] = 64;
       config.rows[i] = 16;
     }
+    // gcc 12 thinks that the instruction reads 8 of the 64 bytes.
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
@@ -51,7 +53,7 @@ struct Amx : Bf16Base {
   VQK_SIMD_POLICY_MEMBERS(Amx)
 
   VQK_INLINE int64_t used_steps(int64_t dim) { return dim <= kSplitDims ? 16 : (dim + 1) / 2; }
-  // Few dims: two bf16 parts per value, [x1 x2 x1] (nearest_pack.h, kSplitDims).
+  // Few dims: two bf16 parts per value, [x1 x2 x1 1 1 1] (nearest.h, kSplitDims).
   static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
                        float *error) {
     if (dim > kSplitDims) return Bf16Base::quantise(x, centre, scale, dim, out, square, error);
@@ -67,6 +69,7 @@ struct Amx : Bf16Base {
     _mm256_mask_storeu_epi16(parts, mask, first);
     _mm256_mask_storeu_epi16(parts + dim, mask, second);
     _mm256_mask_storeu_epi16(parts + 2 * dim, mask, first);
+    for (int64_t i = 0; i < 3; ++i) parts[3 * dim + i] = 0x3f80;  // one
     *square = _mm512_reduce_add_ps(_mm512_mul_ps(v, v));
     *error = _mm512_reduce_add_ps(_mm512_mul_ps(lost, lost));
   }
@@ -87,24 +90,48 @@ struct Amx : Bf16Base {
     }
   }
 
+  static void exclude(PackedHead *head, int64_t code) {
+    exclude_by_bias(head, code);
+    if (head->dim > kSplitDims) return;
+    const int64_t element = (code / kCodes * kCodes + code % kCodes) * head->steps;    // one tile per block: rows of 16 steps
+    reinterpret_cast<uint16_t *>(head_codes(head) + element)[3 * head->dim] = 0xff80;  // -inf
+  }
+
   static void screen(Block *block, int64_t begin, int64_t end) {
     const Tiles tiles;
+    if (block->head->dim <= kSplitDims)
+      screen_blocks<true>(block, begin, end);
+    else
+      screen_blocks<false>(block, begin, end);
+  }
+
+  template <bool BiasInside>
+  static void screen_blocks(Block *block, int64_t begin, int64_t end) {
     const PackedHead *head = block->head;
     const int64_t steps = head->steps, pitch = steps * kCodes;
     alignas(64) float bias[2][kTile];
     alignas(64) float scores[2][4 * kTile];
     for (int64_t b = begin; b < end; b += 2) {
-      spread_bias(head_bias(head) + b * kCodes, bias[0]);
-      spread_bias(head_bias(head) + (b + 1) * kCodes, bias[1]);
+      if (!BiasInside) {
+        spread_bias(head_bias(head) + b * kCodes, bias[0]);
+        spread_bias(head_bias(head) + (b + 1) * kCodes, bias[1]);
+      }
       const uint32_t *codes = head_codes(head) + b * pitch;
       int64_t previous = -1;
       int side = 0;
       for (int64_t tile = 0; tile < block->padded_rows; tile += 2 * lanes) {
         const uint32_t *rows = block->packed_rows + tile * steps;
-        _tile_loadd(0, bias[0], 64);
-        _tile_loadd(1, bias[0], 64);
-        _tile_loadd(2, bias[1], 64);
-        _tile_loadd(3, bias[1], 64);
+        if (BiasInside) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        } else {
+          _tile_loadd(0, bias[0], 64);
+          _tile_loadd(1, bias[0], 64);
+          _tile_loadd(2, bias[1], 64);
+          _tile_loadd(3, bias[1], 64);
+        }
         for (int64_t s = 0; s < pitch; s += kTile) {
           _tile_loadd(4, codes + s, 64);
           _tile_loadd(6, rows + s, 64);
@@ -141,12 +168,16 @@ struct Amx : Bf16Base {
     const PackedHead *head = block->head;
     const int64_t pitch = head->steps * kCodes;
     const uint32_t *rows = block->packed_rows + tile * head->steps;
+    const bool inside = head->dim <= kSplitDims;
     alignas(64) float scores[4 * kTile];
     const uint32_t *codes[4];
     for (int i = 0; i < 4; ++i) {
       const int64_t b = queue->code_block[i < queue->count ? i : 0];
       codes[i] = head_codes(head) + b * pitch;
-      spread_bias(head_bias(head) + b * kCodes, scores + i * kTile);
+      if (inside)
+        std::memset(scores + i * kTile, 0, kTile * sizeof(float));
+      else
+        spread_bias(head_bias(head) + b * kCodes, scores + i * kTile);
     }
     _tile_loadd(0, scores, 64);
     _tile_loadd(1, scores + kTile, 64);
@@ -199,7 +230,7 @@ struct Amx : Bf16Base {
 
 }  // namespace
 
-const Kernels kernels_amx = {2,           16,         Amx::lanes, 2 * Amx::lanes, 256, pack_codes<Amx, Tiled>, prepare_rows<Amx>,
-                             Amx::screen, Amx::finish};
+const Kernels kernels_amx = {
+    2, 16, Amx::lanes, 2 * Amx::lanes, 256, pack_codes<Amx, Tiled>, Amx::exclude, prepare_rows<Amx>, Amx::screen, Amx::finish};
 
 }  // namespace vqk

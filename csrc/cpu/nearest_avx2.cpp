@@ -114,6 +114,7 @@ const Kernels kernels_avx2 = {Avx2::dims_per_step,
                               Avx2::lanes * Avx2::row_vectors,
                               192,
                               pack_codes<Avx2, Interleaved>,
+                              exclude_by_bias,
                               prepare_rows<Avx2>,
                               screen_simd<Avx2>,
                               finish_block<Avx2>};

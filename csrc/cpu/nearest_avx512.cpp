@@ -44,6 +44,7 @@ const Kernels kernels_avx512 = {Avx512::dims_per_step,
                                 Avx512::lanes * Avx512::row_vectors,
                                 240,
                                 pack_codes<Avx512, Interleaved>,
+                                exclude_by_bias,
                                 prepare_rows<Avx512>,
                                 screen_simd<Avx512>,
                                 finish_block<Avx512>};

@@ -30,6 +30,7 @@ const Kernels kernels_avx512bf16 = {Avx512Bf16::dims_per_step,
                                     Avx512Bf16::lanes * Avx512Bf16::row_vectors,
                                     240,
                                     pack_codes<Avx512Bf16, Interleaved>,
+                                    exclude_by_bias,
                                     prepare_rows<Avx512Bf16>,
                                     screen_simd<Avx512Bf16>,
                                     finish_block<Avx512Bf16>};

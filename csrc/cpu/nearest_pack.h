@@ -87,6 +87,8 @@ VQK_INLINE int32_t needs_scan(const vqk_codes *codebook, int64_t head_index, int
   return nan || (infinite && metric != VQK_DOT) ? 0 : 1;
 }
 
+VQK_INLINE void exclude_by_bias(PackedHead *head, int64_t code) { head_bias(head)[code] = -INFINITY; }
+
 template <class P, class Place>
 int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head, int64_t begin, int64_t end,
                    GroupBound *block_bounds, uint64_t *keys) {
@@ -139,6 +141,8 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
           uint16_t *parts = reinterpret_cast<uint16_t *>(elements);
           for (int64_t d = 0; d < dim; ++d) parts[2 * dim + d] = parts[dim + d];
           for (int64_t d = 0; d < dim; ++d) parts[dim + d] = parts[d];
+          // The bias is added below, when it is known.
+          for (int64_t i = 0; i < 3; ++i) parts[3 * dim + i] = 0;
         }
         for (int64_t s = 0; s < used; ++s) {
           hash[0] += elements[s] * (static_cast<uint32_t>(s) * 0x9e3779b1u | 1u);
@@ -158,6 +162,14 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
         bias = static_cast<float>(-half);
       }
       for (int64_t s = used; s < steps; ++s) elements[s] = 0;
+      if (split) {
+        uint16_t *parts = reinterpret_cast<uint16_t *>(elements) + 3 * dim;
+        float rest = bias;
+        for (int i = 0; i < 3; ++i) {
+          parts[i] = float_to_bf16(rest);
+          rest = usable ? rest - bf16_to_float(parts[i]) : 0.0f;
+        }
+      }
       for (int64_t s = 0; s < steps; s += 16)
         Place::put(out, c, s, elements + s, steps - s < 16 ? static_cast<int>(steps - s) : 16);
       keys[k] = static_cast<uint64_t>(hash[0]) << 32 | hash[1];

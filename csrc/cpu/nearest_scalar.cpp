@@ -72,6 +72,7 @@ const Kernels kernels_scalar = {Portable::dims_per_step,
                                 Portable::lanes * Portable::row_vectors,
                                 192,
                                 pack_codes<Portable, Interleaved>,
+                                exclude_by_bias,
                                 prepare_rows<Portable>,
                                 screen_simd<Portable>,
                                 finish_block<Portable>};
