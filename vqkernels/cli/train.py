@@ -30,6 +30,8 @@ def _decay(text: str) -> float | None:
 
 _decay.__name__ = "number or none"
 
+METAVARS: dict[object, str] = {int: "N", float: "X", str: "NAME", _decay: "X", "data": "FOLDER", "output": "FOLDER"}
+
 # Option, type, help: the field of TrainConfig has the option's name. Defaults are read from there.
 Option = tuple[str, Callable[[str], Any], str]
 GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
@@ -73,7 +75,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
             ("commitment", float, "weight of the commitment loss"),
             ("codebook-weight", float, "weight of the quantizer's loss against the pixels' mean squared error"),
             ("metric", str, "l2, cosine or dot"),
-            ("heads", int, "independent codebooks that share the channels"),
+            ("heads", int, "independent codebooks, each with its own channels"),
             ("gradient", str, "straight_through, rotation or none"),
             ("init", str, "kmeans, uniform or normal"),
             ("dead-code-ratio", float, "replace codes used less than this share of the average; 0: never"),
@@ -110,7 +112,13 @@ def add_parser(subparsers: Subparsers) -> None:
             default = getattr(defaults, name.replace("-", "_"))
             shown = text if default is None else f"{text} (default: {default})"
             # No default here: --resume must know which options were given.
-            group.add_argument(f"--{name}", type=kind, help=shown, metavar="X", default=argparse.SUPPRESS)
+            group.add_argument(
+                f"--{name}",
+                type=kind,
+                help=shown,
+                metavar=METAVARS.get(name, METAVARS[kind]),
+                default=argparse.SUPPRESS,
+            )
         if title == "codebook":
             group.add_argument(
                 "--gradient-codebook", dest="decay", action="store_const", const=None, default=argparse.SUPPRESS,
