@@ -86,8 +86,9 @@ def _search(x: Tensor, codes: _Codes) -> tuple[Tensor, Tensor]:
     t = torch.addmm(-codes.half, shifted, codes.target)
     length = shifted.norm(dim=1)
     eps = codes.unit * ((length + codes.centre.norm()) * codes.reach + codes.most_half + length.square()) + 1e-290
-    # A row without a bound is decided against every code: its threshold is below everything, or not a number.
-    threshold = torch.where(eps.isfinite(), t.amax(1) - 2 * eps, -torch.inf)
+    # A row without a bound (not finite, or products beyond the range of float64) is decided against every code.
+    safe = length < 1e140 if codes.metric == "l2" else (length < 1e140) & (length > 1e-140)
+    threshold = torch.where(safe, t.amax(1) - 2 * eps, -torch.inf)
     row, code = (~(t < threshold[:, None])).nonzero(as_tuple=True)
     winner = _Winner(n, k, x.device)
     step = max(1, CHUNK_ELEMENTS // x.shape[1])
