@@ -75,6 +75,18 @@ class Layout:
         places = self.places(shape)
         return indices.reshape(places) if self.heads == 1 else indices.movedim(0, 2).reshape((*places, self.heads))
 
+    def settle(self, quantized: Tensor, indices: Tensor) -> Tensor:
+        """``quantized`` as it is; for Inductor on CPU as a result of its own instead of a view.
+
+        Near convolutions Inductor (torch 2.13) asks for channels-last strides on saved 4-d views, and it cannot order
+        them when the spatial dims are dynamic. Masked positions are zeros already, so the ``where`` changes nothing,
+        and it is fused into the copy that the convolution wants anyway.
+        """
+        dynamo = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if dynamo and quantized.device.type == "cpu" and quantized.dim() == 4 and self.heads == 1:
+            return torch.where(indices.unsqueeze(self.channel_dim) >= 0, quantized, 0.0)
+        return quantized
+
     def positions(self, indices: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The inverse of :meth:`indices`, checked: (H, B, S) and the shape of the output that belongs to it."""
         arguments.check_indices(indices)

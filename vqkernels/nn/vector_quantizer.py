@@ -203,9 +203,10 @@ class VectorQuantizer(nn.Module):
             with torch.no_grad():
                 self._learn(rows.detach(), torch.where(out.score.isfinite(), out.indices, -1))
         loss = self.commitment_cost * out.commitment_loss
+        indices = self._layout.indices(out.indices, z.shape)
         return VQOutput(
-            self._layout.output(out.quantized.to(z.dtype), z.shape),
-            self._layout.indices(out.indices, z.shape),
+            self._layout.settle(self._layout.output(out.quantized.to(z.dtype), z.shape), indices),
+            indices,
             loss if self.decay is not None else loss + out.codebook_loss,
             out.codebook_loss,
             out.commitment_loss,
@@ -240,8 +241,12 @@ class VectorQuantizer(nn.Module):
             # Activation checkpointing runs forward again after the update: give it the codes of the first time.
             codes = self._last_codes + (codes - codes.detach())
         elif learning and (self.decay is not None or self.dead_code_ratio > 0):
+            if torch.compiler.is_compiling():
+                # A copy that Inductor (torch 2.13) keeps: it drops `clone`, then saves the codes of after the update.
+                every = torch.arange(self.num_embeddings, device=codes.device)
+                return lookup_rows(codes, every.expand(self.heads, 1, self.num_embeddings), False).squeeze(1)
             codes = codes.clone()
-            self._last_codes = None if torch.compiler.is_compiling() else codes.detach()
+            self._last_codes = codes.detach()
         return codes
 
     def _unit(self, codes: Tensor) -> Tensor:
