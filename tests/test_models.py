@@ -201,6 +201,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_importing_the_models_needs_torch_only() -> None:
-    code = "import sys, vqkernels.models; print(sorted({'safetensors', 'accelerate', 'PIL', 'matplotlib'} & set(sys.modules)))"
+    extras = {"safetensors", "accelerate", "PIL", "matplotlib"}
+    code = f"import sys, vqkernels.models; print(sorted({extras} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
