@@ -333,6 +333,7 @@ def test_command_line_errors_are_one_line_and_write_nothing(
         ("--downsample", "5"): "downsample is 5",
         ("--precision", "int8"): "precision is 'int8'; expected one of fp32, bf16, fp16",
         ("--lr", "nan"): "lr is nan",
+        ("--shuffle-channels", "2"): "shuffle_channels is 2.0; expected a share between 0 and 1",
         ("--metric", "l3"): "metric is 'l3'",
         ("--backend", "magic"): "backend is 'magic'",
         ("--resume",): "there is no run in",

@@ -187,7 +187,7 @@ class _Run:
         config, tqdm = self.config, require("tqdm").tqdm
         self.began = time.perf_counter()
         loader = torch.utils.data.DataLoader(
-            data.Crops(self.images.train, config.image_size, config.seed),
+            data.Crops(self.images.train, config.image_size, config.seed, config.shuffled_share),
             batch_sampler=_StepBatches(
                 self.step,
                 config.steps,
