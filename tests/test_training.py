@@ -135,7 +135,10 @@ def test_resuming_after_a_sudden_end(config: TrainConfig, tmp_path: Path, monkey
             stop_at(step, patch, die)
             with pytest.raises(Killed):
                 train(killed, resume=step > 2, say=quiet)
+    leftover = Path(killed.output) / ".checkpoint.safetensors.123.tmp"  # what a kill in the middle of a write leaves
+    leftover.write_bytes(b"half")
     train(killed, resume=True, say=quiet)
+    assert not leftover.exists()
     assert same(weights(config.output), weights(killed.output))
     assert without_timing(config.output) == without_timing(killed.output)
 
