@@ -78,7 +78,10 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     key = (codebook.data_ptr(), codebook.dtype, codebook.shape, codebook.stride(), metric, isa)
     codebook = codebook.contiguous()
     rows, codes = _native.rows(x), _native.codes(codebook)
-    packed = _packed(lib, key, codes, _native.METRICS[metric], isa)
+    # A few rows are searched in the codebook itself: packing it, or checking that it is unchanged, would cost more.
+    packed = None
+    if precision == "fast" or lib.vqk_cpu_nearest_needs_packing(ctypes.byref(rows), ctypes.byref(codes)):
+        packed = _packed(lib, key, codes, _native.METRICS[metric], isa)
     _native.check(
         lib.vqk_cpu_nearest(
             ctypes.byref(rows),
@@ -86,7 +89,7 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
             _native.METRICS[metric],
             _native.PRECISIONS[precision],
             isa,
-            packed.data_ptr(),
+            None if packed is None else packed.data_ptr(),
             _native.int64_pointer(indices),
             _native.float_pointer(score),
         )
