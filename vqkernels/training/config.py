@@ -87,7 +87,7 @@ class TrainConfig:
     held_out: float = 0.1
     shuffle_channels: float | None = None
     batch_size: int = 32
-    steps: int = 1000
+    steps: int = 800
     lr: float = 2e-3
     seed: int = 0
     codes: int = 512
@@ -111,7 +111,7 @@ class TrainConfig:
     tensorboard: bool = False
     log_every: int = 10
     eval_every: int = 100
-    checkpoint_every: int = 250
+    checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
         for name, least in (
