@@ -24,14 +24,14 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 constexpr int kLoops = 2000;
 
 #define STEP(instruction, i) asm volatile(instruction " %2, %1, %0" : "+v"(a##i) : "v"(x), "v"(y));
-#define CHAINS(vector, zero, instruction)                                                                         \
-  vector x = zero, y = zero, a0 = zero, a1 = zero, a2 = zero, a3 = zero, a4 = zero, a5 = zero;                    \
-  vector a6 = zero, a7 = zero, a8 = zero, a9 = zero, a10 = zero, a11 = zero;                                      \
-  for (int i = 0; i < kLoops; ++i) {                                                                              \
-    STEP(instruction, 0)                                                                                          \
-    STEP(instruction, 1) STEP(instruction, 2) STEP(instruction, 3) STEP(instruction, 4) STEP(instruction, 5)      \
-        STEP(instruction, 6) STEP(instruction, 7) STEP(instruction, 8) STEP(instruction, 9) STEP(instruction, 10) \
-            STEP(instruction, 11)                                                                                 \
+#define CHAINS(vector, zero, instruction)                                                                          \
+  vector x = zero, y = zero, a0 = zero, a1 = zero, a2 = zero, a3 = zero, a4 = zero, a5 = zero;                     \
+  vector a6 = zero, a7 = zero, a8 = zero, a9 = zero, a10 = zero, a11 = zero;                                       \
+  for (int i = 0; i < kLoops; ++i) {                                                                               \
+    STEP(instruction, 0)                                                                                           \
+    STEP(instruction, 1)                                                                                           \
+    STEP(instruction, 2) STEP(instruction, 3) STEP(instruction, 4) STEP(instruction, 5) STEP(instruction, 6)       \
+        STEP(instruction, 7) STEP(instruction, 8) STEP(instruction, 9) STEP(instruction, 10) STEP(instruction, 11) \
   }
 
 __attribute__((target("avx2,fma"))) double fma_avx2() {
