@@ -73,6 +73,8 @@ void direct_screen_rows(const Direct *search, int64_t begin, int64_t end, float 
         value = 0.0f;
         bound = INFINITY;
       }
+      // A sum that overflowed says nothing about the value.
+      if (!(std::fabs(total[r]) < INFINITY)) bound = INFINITY;
       // A NaN in value or bound leaves the code a candidate: the decision knows.
       search->upper[r * codes + k] = value + bound;
       lower[r] = value - bound > lower[r] ? value - bound : lower[r];

@@ -59,6 +59,8 @@ def _packed(lib: ctypes.CDLL, key: tuple[object, ...], codes: _native.Codes, met
     _native.check(lib.vqk_cpu_nearest_pack(ctypes.byref(codes), metric, isa, packed.data_ptr()))
     with _lock:
         _cache.pop(key, None)
+        if storage.untyped_storage().nbytes() > _budget():
+            return packed
         _cache[key] = (fingerprint, packed)
         total = sum(p.untyped_storage().nbytes() for _, p in _cache.values())
         while total > _budget() and _cache:
