@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,15 @@ def test_same_seed_same_bits(config: TrainConfig, tmp_path: Path) -> None:
     assert not same(weights(config.output), weights(third.output))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own Ctrl-C handler, also where the suite runs in the background and the shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("decay", [0.9, None])
 @pytest.mark.parametrize("step", [3, 5])
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(
