@@ -335,7 +335,8 @@ int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t me
                         0, first->bytes};
   // A block per thread at least, as long as each still fills the register tile.
   const int64_t share = vqk::round_up((heads * rows + threads - 1) / threads, kernels->row_tile);
-  search.block_rows = share < kernels->block_rows ? share : kernels->block_rows;
+  const int64_t most = vqk::round_up(kernels->block_rows, kernels->row_tile);
+  search.block_rows = share < most ? share : most;
   if (search.block_rows > vqk::round_up(rows, kernels->row_tile)) search.block_rows = vqk::round_up(rows, kernels->row_tile);
   search.blocks_per_head = (rows + search.block_rows - 1) / search.block_rows;
   const int64_t items = heads * search.blocks_per_head;
