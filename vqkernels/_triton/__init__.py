@@ -1,4 +1,4 @@
-"""Whether Triton can run here, and how kernels are launched; the kernels of ``nearest`` are the modules beside this one.
+"""Whether Triton can run here, and how kernels are launched; beside it, the kernels of ``nearest``.
 
 Called by ``dispatch`` (is it there?) and by every ``ops/<op>/triton.py``. Nothing here imports Triton: the kernels do,
 and they are imported by the first call that runs them.

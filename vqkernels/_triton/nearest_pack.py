@@ -140,7 +140,7 @@ def pack_rows(
     padded_dim, keep,
     METRIC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows [first_row, first_row + rows): operands, and per row f, |a|, |a - a^|, its offset and 1 where no bound holds."""
+    """Rows [first_row, first_row + rows): operands, and f, |a|, |a - a^|, an offset, 1 where no bound holds."""
     head = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (first_row + r).to(tl.int64)

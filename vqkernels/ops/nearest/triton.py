@@ -22,6 +22,8 @@ CAPACITY = 16
 # Up to this many dims, operands are kept in two parts: three times as many fit the 32 dims of the contraction.
 SPLIT_DIMS = 10
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
+# Rows per program that lists candidates: no more, or the running positions of a tile spill registers.
+COLLECT_ROWS = 32
 # Rows that one program of the scan looks after: most of them need none.
 SCAN_ROWS = 8
 # Programs that fill a GPU about twice; below it the codes are split as well.
@@ -179,10 +181,10 @@ def _search(
     keys, order = key.sort(dim=1, stable=True)
     listed = torch.empty((h, rows, CAPACITY), dtype=torch.int32, device=device)
     count = torch.empty((h, rows), dtype=torch.int32, device=device)
-    nearest_search.collect[(blocks, h)](
+    nearest_search.collect[(_triton.ceil_div(rows, COLLECT_ROWS), h)](
         packed, info, codes.packed, codes.bias, codes.bounds, threshold, keys, order, listed, count, rows,
         plan.padded_dim, plan.tiles,
-        **shape, CAPACITY=CAPACITY, num_warps=c.num_warps, num_stages=c.num_stages,
+        **(shape | {"BLOCK_M": COLLECT_ROWS}), CAPACITY=CAPACITY, num_warps=8, num_stages=2,
     )  # fmt: skip
 
     values = (x, *x.stride(), codebook, *codebook.stride(), codes.norms)
