@@ -21,7 +21,11 @@ from launches import Launch, compiled, recorded, resources
 from triton.backends.compiler import GPUTarget
 
 from vqkernels._triton import interpreted
+from vqkernels.ops.codebook_sum import triton as codebook_sum
+from vqkernels.ops.ema_update import triton as ema_update
+from vqkernels.ops.lookup import triton as lookup
 from vqkernels.ops.nearest import triton as nearest
+from vqkernels.ops.quantize_grad import triton as quantize_grad
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vqkernels"
 TARGETS = {
@@ -48,7 +52,21 @@ def launches() -> tuple[Launch, ...]:
     with recorded() as found:
         for n, k, d, metric, x_dtype, e_dtype in SEARCHES:
             nearest.run(torch.zeros(1, 1, n, d, dtype=x_dtype), torch.zeros(1, k, d, dtype=e_dtype), metric, "exact")
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for d in (7, 256):
+                other_ops(torch.zeros(2, 3, 50, d, dtype=dtype), torch.zeros(2, 100, d, dtype=dtype))
     return tuple(found)
+
+
+def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
+    indices = torch.zeros(z.shape[:3], dtype=torch.int64)
+    commitment, state, counts = torch.ones(()), torch.zeros(codes.shape), torch.zeros(codes.shape[:2])
+    for channel_first in (False, True):
+        lookup.run(codes, indices, channel_first, torch.float32)
+        for gradient in ("straight_through", "rotation", "none"):
+            quantize_grad.run(z, z, codes, indices, commitment, gradient, channel_first)
+        ema_update.run(counts, state, state, counts, state, 0.99, 1e-5, channel_first)
+    codebook_sum.run(z, indices, codes.shape[1])
 
 
 def test_every_kernel_of_the_package_is_launched() -> None:
@@ -118,4 +136,4 @@ def test_kernel_is_deterministic_and_does_not_recompile_with_sizes(path: Path, n
     assert "autotune" not in source, "tuning at run time stalls training; ship a configuration"
     constants = {a.arg for a in node.args.args if a.annotation is not None and "constexpr" in ast.unparse(a.annotation)}
     blocks = {c for c in constants if c.startswith("BLOCK")}
-    assert constants - blocks <= {"METRIC", "SPLIT", "RESIDENT", "CAPACITY", "CHUNK", "GRADIENT", "NORMALIZE"}
+    assert constants - blocks <= {"METRIC", "SPLIT", "RESIDENT", "CAPACITY", "CHUNK", "DOUBLE", "GRADIENT", "NORMALIZE"}

@@ -14,9 +14,21 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "ceil_div", "interpreted", "on_device", "power_of_two", "unavailable", "unsupported_dtype"]
+__all__ = [
+    "DTYPES",
+    "SCREEN_DTYPES",
+    "ceil_div",
+    "check_indices",
+    "interpreted",
+    "on_device",
+    "power_of_two",
+    "unavailable",
+    "unsupported_dtype",
+]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What the tensor cores' screen can bring into float16 parts.
+SCREEN_DTYPES = DTYPES[:3]
 
 
 def interpreted() -> bool:
@@ -37,13 +49,21 @@ def unavailable(device: str) -> str | None:
     return None
 
 
-def unsupported_dtype(**tensors: Tensor | torch.dtype) -> str | None:
+def unsupported_dtype(dtypes: tuple[torch.dtype, ...], **tensors: Tensor | torch.dtype) -> str | None:
     """The reason to leave a call to another backend because of a dtype, or ``None``."""
     for name, value in tensors.items():
         dtype = value if isinstance(value, torch.dtype) else value.dtype
-        if dtype not in DTYPES:
-            return f"{name} is {dtype}; Triton kernels take float32, float16 and bfloat16"
+        if dtype not in dtypes:
+            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            return f"{name} is {dtype}, not one of {names}"
     return None
+
+
+def check_indices(op: str, indices: Tensor, num_codes: int) -> None:
+    """Raise ``ValueError`` for an index outside of [-1, num_codes), on CPU only: elsewhere looking takes a wait."""
+    if indices.device.type == "cpu" and indices.numel() and (indices.min() < -1 or indices.max() >= num_codes):
+        wrong = indices[(indices < -1) | (indices >= num_codes)][0].item()
+        raise ValueError(f"vqkernels: {op}: indices contains {wrong}, expected -1 or a code in [0, {num_codes})")
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

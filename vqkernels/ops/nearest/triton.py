@@ -33,7 +33,7 @@ MOST_SPLITS = 64
 
 def supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
     """Every shape and stride; float32, float16 and bfloat16 on either side; sizes that 32-bit indices reach."""
-    if (reason := _triton.unsupported_dtype(x=x, codebook=codebook)) is not None:
+    if (reason := _triton.unsupported_dtype(_triton.SCREEN_DTYPES, x=x, codebook=codebook)) is not None:
         return reason
     if x.shape[1] * x.shape[2] >= 2**30 or codebook.shape[1] >= 2**30:
         return f"{x.shape[1] * x.shape[2]} rows and {codebook.shape[1]} codes; row and code ids are 32-bit"
