@@ -115,7 +115,7 @@ def run(
     double = z.dtype == torch.float64
     c = commitment.to(device=z.device, dtype=torch.float64 if double else torch.float32)
     block_d = min(128, _triton.power_of_two(d))
-    block_m = max(1, 2048 // block_d)
+    block_m = max(1, 512 // block_d)  # more spills registers in the rotation
     with _triton.on_device(z):
         _backward[(_triton.ceil_div(b * s, block_m), h)](
             grad, *grad.stride(), z, *z.stride(), codebook, *codebook.stride(), indices,
