@@ -53,7 +53,7 @@ def launches() -> tuple[Launch, ...]:
         for n, k, d, metric, x_dtype, e_dtype in SEARCHES:
             nearest.run(torch.zeros(1, 1, n, d, dtype=x_dtype), torch.zeros(1, k, d, dtype=e_dtype), metric, "exact")
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            for d in (7, 256):
+            for d in (7, 256) if dtype == torch.float32 else (256,):
                 other_ops(torch.zeros(2, 3, 50, d, dtype=dtype), torch.zeros(2, 100, d, dtype=dtype))
     return tuple(found)
 
@@ -61,7 +61,7 @@ def launches() -> tuple[Launch, ...]:
 def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
     indices = torch.zeros(z.shape[:3], dtype=torch.int64)
     commitment, state, counts = torch.ones(()), torch.zeros(codes.shape), torch.zeros(codes.shape[:2])
-    for channel_first in (False, True):
+    for channel_first in (False, True) if z.dtype == torch.float32 else (False,):
         lookup.run(codes, indices, channel_first, torch.float32)
         for gradient in ("straight_through", "rotation", "none"):
             quantize_grad.run(z, z, codes, indices, commitment, gradient, channel_first)

@@ -6,15 +6,18 @@ measured: every configuration comes from the heuristic.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HEURISTIC", "Config", "folder", "load", "nearest_config", "slug", "user_folder"]
+__all__ = ["HEURISTIC", "Config", "folder", "load", "nearest_config", "override", "slug", "user_folder"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,27 @@ def _parse(path: Path, content: Any) -> dict[int, Config]:
         raise ValueError(f"{path} is not a file that `vqkernels tune` wrote ({e!r}); remove it or tune again") from e
 
 
+_override: contextvars.ContextVar[Config | None] = contextvars.ContextVar("vqkernels_config", default=None)
+
+
+@contextlib.contextmanager
+def override(config: Config) -> Iterator[None]:
+    """Launch with ``config`` inside a ``with`` block; the tuner measures with it."""
+    token = _override.set(config)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
 def nearest_config(padded_dim: int, device_name: str = "") -> Config:
     """The measured configuration for a contraction of ``padded_dim`` dims, else the heuristic's.
 
     >>> nearest_config(32).block_d
     32
     """
+    if (config := _override.get()) is not None:
+        return config
     for table in (load(device_name) if device_name else {}, HEURISTIC):
         for largest in sorted(table):
             if padded_dim <= largest:
