@@ -23,16 +23,17 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 // variables: the compiler can neither drop the work nor keep the accumulators in memory.
 constexpr int kLoops = 2000;
 
-#define STEP(instruction, i) asm volatile(instruction " %2, %1, %0" : "+v"(a##i) : "v"(x), "v"(y));
-#define CHAINS(vector, zero, instruction)                                                                         \
-  vector x = zero, y = zero, a0 = zero, a1 = zero, a2 = zero, a3 = zero, a4 = zero, a5 = zero;                    \
-  vector a6 = zero, a7 = zero, a8 = zero, a9 = zero, a10 = zero, a11 = zero;                                      \
-  for (int i = 0; i < kLoops; ++i) {                                                                              \
-    STEP(instruction, 0)                                                                                          \
-    STEP(instruction, 1) STEP(instruction, 2) STEP(instruction, 3) STEP(instruction, 4) STEP(instruction, 5)      \
-        STEP(instruction, 6) STEP(instruction, 7) STEP(instruction, 8) STEP(instruction, 9) STEP(instruction, 10) \
-            STEP(instruction, 11)                                                                                 \
+// clang-format off
+#define STEP(instruction, i) asm volatile(instruction " %2, %1, %0" : "+v"(a##i) : "v"(x), "v"(y))
+#define CHAINS(vector, zero, instruction)                                                                     \
+  vector x = zero, y = zero, a0 = zero, a1 = zero, a2 = zero, a3 = zero, a4 = zero, a5 = zero;                \
+  vector a6 = zero, a7 = zero, a8 = zero, a9 = zero, a10 = zero, a11 = zero;                                  \
+  for (int i = 0; i < kLoops; ++i) {                                                                          \
+    STEP(instruction, 0); STEP(instruction, 1); STEP(instruction, 2); STEP(instruction, 3);                   \
+    STEP(instruction, 4); STEP(instruction, 5); STEP(instruction, 6); STEP(instruction, 7);                   \
+    STEP(instruction, 8); STEP(instruction, 9); STEP(instruction, 10); STEP(instruction, 11);                 \
   }
+// clang-format on
 
 __attribute__((target("avx2,fma"))) double fma_avx2() {
   CHAINS(__m256, _mm256_setzero_ps(), "vfmadd231ps")
@@ -46,13 +47,13 @@ __attribute__((target("avx512f"))) double fma_avx512() {
 
 // Elements of a running maximum: the least that an argmax does per (row, code) pair.
 #undef STEP
-#define STEP(instruction, i) asm volatile(instruction " %1, %0, %0" : "+v"(a##i) : "v"(x), "v"(y));
+#define STEP(instruction, i) asm volatile(instruction " %1, %0, %0" : "+v"(a##i) : "v"(x), "v"(y))
 __attribute__((target("avx512f"))) double max_avx512() {
   CHAINS(__m512, _mm512_setzero_ps(), "vmaxps")
   return 12.0 * kLoops * 16;
 }
 #undef STEP
-#define STEP(instruction, i) asm volatile(instruction " %2, %1, %0" : "+v"(a##i) : "v"(x), "v"(y));
+#define STEP(instruction, i) asm volatile(instruction " %2, %1, %0" : "+v"(a##i) : "v"(x), "v"(y))
 
 __attribute__((target("avx512f,avx512bf16"))) double dot_avx512bf16() {
   CHAINS(__m512, _mm512_setzero_ps(), "vdpbf16ps")

@@ -55,6 +55,7 @@ VQK_API const char *vqk_build_info(void);
 
 // nearest: the fastest instruction set for these sizes; fingerprint the codebook (is the packed one valid?), pack it, search.
 VQK_API int32_t vqk_cpu_nearest_isa(int64_t num_codes, int64_t dim);
+VQK_API int32_t vqk_cpu_nearest_needs_packing(const vqk_rows *x, const vqk_codes *codebook);  // 0: packed may be null
 VQK_API int32_t vqk_cpu_nearest_fingerprint(const vqk_codes *codebook, uint64_t *fingerprint /* [2] */);
 VQK_API int64_t vqk_cpu_nearest_packed_bytes(const vqk_codes *codebook, int32_t metric, int32_t isa);
 VQK_API int32_t vqk_cpu_nearest_pack(const vqk_codes *codebook, int32_t metric, int32_t isa, void *packed);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from vqkernels import _native, dispatch
+
+if os.environ.get("VQKERNELS_REQUIRE_NATIVE") == "1" and (_reason := _native.unavailable()) is not None:
+    # Tests are parametrised over what is there: without this, a library that does not load would leave the suite green.
+    raise RuntimeError(f"VQKERNELS_REQUIRE_NATIVE=1, but the native library is not available: {_reason}")
 
 
 def available_backends() -> list[str]:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,15 @@ def test_same_seed_same_bits(config: TrainConfig, tmp_path: Path) -> None:
     assert not same(weights(config.output), weights(third.output))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own Ctrl-C handler, also where the suite runs in the background and the shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("decay", [0.9, None])
 @pytest.mark.parametrize("step", [3, 5])
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(
@@ -135,7 +144,10 @@ def test_resuming_after_a_sudden_end(config: TrainConfig, tmp_path: Path, monkey
             stop_at(step, patch, die)
             with pytest.raises(Killed):
                 train(killed, resume=step > 2, say=quiet)
+    leftover = Path(killed.output) / ".checkpoint.safetensors.123.tmp"  # what a kill in the middle of a write leaves
+    leftover.write_bytes(b"half")
     train(killed, resume=True, say=quiet)
+    assert not leftover.exists()
     assert same(weights(config.output), weights(killed.output))
     assert without_timing(config.output) == without_timing(killed.output)
 
@@ -333,6 +345,7 @@ def test_command_line_errors_are_one_line_and_write_nothing(
         ("--downsample", "5"): "downsample is 5",
         ("--precision", "int8"): "precision is 'int8'; expected one of fp32, bf16, fp16",
         ("--lr", "nan"): "lr is nan",
+        ("--shuffle-channels", "2"): "shuffle_channels is 2.0; expected a share between 0 and 1",
         ("--metric", "l3"): "metric is 'l3'",
         ("--backend", "magic"): "backend is 'magic'",
         ("--resume",): "there is no run in",

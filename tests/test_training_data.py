@@ -143,6 +143,20 @@ def test_crops_are_pieces_of_the_images_flipped_half_of_the_time() -> None:
     assert starts == set(range(61 - 32 + 1))
 
 
+def test_shuffled_channels_keep_the_values_of_every_pixel() -> None:
+    source = images(np.asarray(picture(0, (32, 32))))
+    plain = torch.from_numpy(source[0].transpose(2, 0, 1).copy())
+    crops = [data.Crops(source, 32, 0, shuffle_channels=0.5)[i] for i in range(100)]
+    orders = set()
+    for crop in crops:
+        upright = crop if torch.equal(crop.sort(0).values, plain.sort(0).values) else crop.flip(-1)
+        assert torch.equal(upright.sort(0).values, plain.sort(0).values)
+        orders.add(tuple(int(next(c for c in range(3) if torch.equal(upright[i], plain[c]))) for i in range(3)))
+    assert len(orders) == 6
+    unchanged = sum(torch.equal(c, plain) or torch.equal(c.flip(-1), plain) for c in crops)
+    assert 40 < unchanged < 75  # half, and a sixth of the other half
+
+
 def test_an_image_of_exactly_the_crop_size() -> None:
     pixels = np.asarray(picture(0, (32, 32)))
     crop = data.Crops(images(pixels), 32, 0)[0].permute(1, 2, 0).numpy()
@@ -154,8 +168,8 @@ def test_evaluation_crops_form_a_grid() -> None:
     crops, names = data.evaluation_crops(source, 32, 8)
     assert names.count("0") == 8
     assert names.count("1") == 1
-    assert torch.equal(crops[0], torch.from_numpy(source[0][:32, :32].transpose(2, 0, 1)))
-    assert torch.equal(crops[7], torch.from_numpy(source[0][-32:, -32:].transpose(2, 0, 1)))
+    assert torch.equal(crops[0], torch.from_numpy(source[0][:32, :32].transpose(2, 0, 1).copy()))
+    assert torch.equal(crops[7], torch.from_numpy(source[0][-32:, -32:].transpose(2, 0, 1).copy()))
     many = images(*[np.asarray(picture(0, (40, 40)))] * 30)
     assert len(set(data.evaluation_crops(many, 32, 4, most=20)[1])) == 5
 

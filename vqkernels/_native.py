@@ -62,6 +62,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "vqk_cpu_best_isa": (c_int32, []),
     "vqk_build_info": (c_char_p, []),
     "vqk_cpu_nearest_isa": (c_int32, [c_int64, c_int64]),
+    "vqk_cpu_nearest_needs_packing": (c_int32, [_rows, _codes]),
     "vqk_cpu_nearest_fingerprint": (c_int32, [_codes, POINTER(c_uint64)]),
     "vqk_cpu_nearest_packed_bytes": (c_int64, [_codes, c_int32, c_int32]),
     "vqk_cpu_nearest_pack": (c_int32, [_codes, c_int32, c_int32, c_void_p]),

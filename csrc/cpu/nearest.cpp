@@ -246,6 +246,39 @@ struct Search {
   }
 };
 
+// Few rows, and values that the direct kernels read in place.
+bool searches_directly(const vqk_rows *x, const vqk_codes *codebook) {
+  return x->dtype == VQK_F32 && codebook->dtype == VQK_F32 && (x->stride[3] == 1 || x->size[3] == 1) &&
+         x->size[1] * x->size[2] <= kDirectRows;
+}
+
+int32_t search_directly(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, const Kernels *kernels, int64_t *indices,
+                        float *score) {
+  const int64_t rows = x->size[1] * x->size[2], codes = codebook->size[1], threads = num_threads();
+  // Enough work per part to be worth a thread.
+  const int64_t least = 1 + (1 << 17) / (rows * codebook->size[2]), fair = (codes + threads - 1) / threads;
+  const int64_t per_part = fair > least ? fair : least, parts = (codes + per_part - 1) / per_part;
+  const int64_t bytes = (rows * codes + parts * kDirectRows) * static_cast<int64_t>(sizeof(float));
+  float *upper = reinterpret_cast<float *>(thread_scratch.get(bytes));
+  if (upper == nullptr) return fail(VQK_NO_MEMORY, "no memory for %lld bytes of scratch", (long long)bytes);
+  float *lower = upper + rows * codes;
+  for (int64_t h = 0; h < x->size[0]; ++h) {
+    const Direct search = {x, codebook, h, rows, metric, upper, indices + h * rows, score + h * rows};
+    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t stop = (p + 1) * per_part < codes ? (p + 1) * per_part : codes;
+        kernels->direct_screen(&search, p * per_part, stop, lower + p * kDirectRows);
+      }
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      float most = -INFINITY;
+      for (int64_t p = 0; p < parts; ++p) most = lower[p * kDirectRows + r] > most ? lower[p * kDirectRows + r] : most;
+      kernels->direct_finish(&search, r, most);
+    }
+  }
+  return VQK_OK;
+}
+
 }  // namespace
 }  // namespace vqk
 
@@ -258,6 +291,10 @@ int32_t vqk_cpu_nearest_isa(int64_t num_codes, int64_t dim) {
   // A tile product takes 32 dims whatever D is, and few dims leave a bf16 screen many candidates: measured crossovers.
   const bool few = best == VQK_AMX ? dim < 6 || (dim <= vqk::kSplitDims && num_codes < 2048) : dim <= 8;
   return few && best >= VQK_AVX512BF16 ? static_cast<int32_t>(VQK_AVX512) : best;
+}
+
+int32_t vqk_cpu_nearest_needs_packing(const vqk_rows *x, const vqk_codes *codebook) {
+  return vqk::searches_directly(x, codebook) ? 0 : 1;
 }
 
 int64_t vqk_cpu_nearest_packed_bytes(const vqk_codes *codebook, int32_t, int32_t isa) {
@@ -286,6 +323,11 @@ int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t me
   if (const int32_t status = vqk::check_codes(codebook)) return status;
   const int64_t heads = x->size[0], rows = x->size[1] * x->size[2];
   if (heads * rows == 0) return VQK_OK;
+  if (packed == nullptr) {
+    if (!vqk::searches_directly(x, codebook)) return vqk::fail(VQK_INVALID, "this search needs a packed codebook");
+    const Kernels *direct = kernels->direct_screen != nullptr ? kernels : vqk::kernels_for(VQK_AVX512);
+    return vqk::search_directly(x, codebook, metric, direct, indices, score);
+  }
   const PackedHead *first = static_cast<const PackedHead *>(packed);
   const int64_t threads = vqk::num_threads();
 

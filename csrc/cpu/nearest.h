@@ -76,6 +76,18 @@ struct Block {
   void *code_copy;  // 8 converted codes
 };
 
+// A few float32 rows of one head against its float32 codes, read where they lie.
+constexpr int64_t kDirectRows = 4;
+struct Direct {
+  const vqk_rows *x;
+  const vqk_codes *codebook;
+  int64_t head_index, rows;
+  int32_t metric;
+  float *upper;  // [rows][codes]: nothing better than this is possible
+  int64_t *indices;
+  float *score;
+};
+
 struct Kernels {
   int dims_per_step, step_multiple, lanes, row_tile, block_rows;
   // Blocks [begin, end) of 16 codes of one head into `head`: values, bias, norms; bounds per block in `block_bounds`, and a
@@ -87,6 +99,9 @@ struct Kernels {
   void (*prepare)(Block *block);
   void (*screen)(Block *block, int64_t begin, int64_t end);  // blocks of 16 codes, whole groups
   void (*finish)(Block *block);
+  // nullptr: the instruction set leaves few rows to AVX-512.
+  void (*direct_screen)(const Direct *search, int64_t begin, int64_t end, float *lower /* [rows] */);
+  void (*direct_finish)(const Direct *search, int64_t row, float lower);
 };
 
 extern const Kernels kernels_scalar;

@@ -231,6 +231,7 @@ struct Amx : Bf16Base {
 }  // namespace
 
 const Kernels kernels_amx = {
-    2, 16, Amx::lanes, 2 * Amx::lanes, 256, pack_codes<Amx, Tiled>, Amx::exclude, prepare_rows<Amx>, Amx::screen, Amx::finish};
+    2,           16,          Amx::lanes, 2 * Amx::lanes, 256, pack_codes<Amx, Tiled>, Amx::exclude, prepare_rows<Amx>,
+    Amx::screen, Amx::finish, nullptr,    nullptr};
 
 }  // namespace vqk

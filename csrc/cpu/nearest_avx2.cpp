@@ -1,6 +1,7 @@
 // AVX2 with FMA: float32 screen, 8 lanes, 4 codes x 3 vectors of rows in 12 of the 16 registers.
 #include <immintrin.h>
 
+#include "cpu/nearest_direct.h"
 #include "cpu/nearest_simd.h"
 
 namespace vqk {
@@ -25,6 +26,11 @@ struct Avx2 {
   VQK_INLINE V multiply(V a, V b) { return _mm256_mul_ps(a, b); }
   VQK_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
   VQK_INLINE V subtract(V a, V b) { return _mm256_sub_ps(a, b); }
+  VQK_INLINE float sum(V v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
   VQK_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
   VQK_INLINE uint32_t at_least(V a, V b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ))); }
   VQK_INLINE void transpose(const uint32_t *in, int64_t in_pitch, uint32_t *out, int64_t out_pitch) {
@@ -117,6 +123,8 @@ const Kernels kernels_avx2 = {Avx2::dims_per_step,
                               exclude_by_bias,
                               prepare_rows<Avx2>,
                               screen_simd<Avx2>,
-                              finish_block<Avx2>};
+                              finish_block<Avx2>,
+                              direct_screen<Avx2>,
+                              direct_finish<Avx2>};
 
 }  // namespace vqk

@@ -1,5 +1,6 @@
 // AVX-512: float32 screen, 8 codes x 3 vectors of 16 rows in 24 of the 32 registers.
 #include "cpu/nearest_avx512.h"
+#include "cpu/nearest_direct.h"
 
 namespace vqk {
 namespace {
@@ -47,6 +48,8 @@ const Kernels kernels_avx512 = {Avx512::dims_per_step,
                                 exclude_by_bias,
                                 prepare_rows<Avx512>,
                                 screen_simd<Avx512>,
-                                finish_block<Avx512>};
+                                finish_block<Avx512>,
+                                direct_screen<Avx512>,
+                                direct_finish<Avx512>};
 
 }  // namespace vqk

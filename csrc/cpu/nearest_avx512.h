@@ -22,6 +22,7 @@ struct Avx512Base {
   VQK_INLINE V multiply(V a, V b) { return _mm512_mul_ps(a, b); }
   VQK_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
   VQK_INLINE V subtract(V a, V b) { return _mm512_sub_ps(a, b); }
+  VQK_INLINE float sum(V v) { return _mm512_reduce_add_ps(v); }
   VQK_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
   VQK_INLINE uint32_t at_least(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 

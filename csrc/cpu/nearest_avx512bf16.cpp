@@ -33,6 +33,8 @@ const Kernels kernels_avx512bf16 = {Avx512Bf16::dims_per_step,
                                     exclude_by_bias,
                                     prepare_rows<Avx512Bf16>,
                                     screen_simd<Avx512Bf16>,
-                                    finish_block<Avx512Bf16>};
+                                    finish_block<Avx512Bf16>,
+                                    nullptr,
+                                    nullptr};
 
 }  // namespace vqk

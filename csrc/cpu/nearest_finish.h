@@ -35,6 +35,12 @@ struct Pairs {
   int64_t code[capacity];
 };
 
+// x.e / |e|; 0 for a code of zeros, and a NaN stays one.
+VQK_INLINE double similarity(double product, double norm) {
+  if (norm > 0) return product / norm;
+  return product != product ? product : 0.0 * product;
+}
+
 template <class P, class X, class E>
 void decide_typed(Block *block, const Pairs &pairs, double *out) {
   const int64_t dim = block->head->dim;
@@ -55,10 +61,7 @@ void decide_typed(Block *block, const Pairs &pairs, double *out) {
       P::template decide<false>(x, e, dim, total);
     for (int j = 0; j < 8 && i + j < pairs.count; ++j) {
       double value = total[j];
-      if (block->metric == VQK_COSINE) {
-        const double norm = head_norms(block->head)[pairs.code[i + j]];
-        value = norm > 0 ? value / norm : (value != value ? value : 0.0 * value);
-      }
+      if (block->metric == VQK_COSINE) value = similarity(value, head_norms(block->head)[pairs.code[i + j]]);
       out[i + j] = block->metric == VQK_L2 ? value : -value;
     }
   }

@@ -1,4 +1,5 @@
 // Any machine: 4 lanes in the compiler's portable vectors (SSE2, NEON, or plain code).
+#include "cpu/nearest_direct.h"
 #include "cpu/nearest_simd.h"
 
 namespace vqk {
@@ -25,6 +26,7 @@ struct Portable {
   VQK_INLINE V multiply(V a, V b) { return a * b; }
   VQK_INLINE V add(V a, V b) { return a + b; }
   VQK_INLINE V subtract(V a, V b) { return a - b; }
+  VQK_INLINE float sum(V v) { return v[0] + v[1] + v[2] + v[3]; }
   VQK_INLINE V max(V a, V b) { return a > b ? a : b; }
   VQK_INLINE uint32_t at_least(V a, V b) {
     const Mask m = a >= b;
@@ -75,6 +77,8 @@ const Kernels kernels_scalar = {Portable::dims_per_step,
                                 exclude_by_bias,
                                 prepare_rows<Portable>,
                                 screen_simd<Portable>,
-                                finish_block<Portable>};
+                                finish_block<Portable>,
+                                direct_screen<Portable>,
+                                direct_finish<Portable>};
 
 }  // namespace vqk

@@ -109,6 +109,15 @@ def all_magnitudes(dtype: torch.dtype, reach: int) -> Data:
     return x, codes
 
 
+def products_beyond_float32(row_scale: float, code_scale: float, dim: int) -> Data:
+    """Products and sums overflow float32 though rows, codes and norms do not; terms of both signs nearly cancel."""
+    x, codes = normal(60, 300, dim)
+    generator = torch.Generator().manual_seed(6)
+    codes[::2] *= 10.0 ** -torch.randint(0, 12, (150, 1), generator=generator)
+    codes[1::4] -= (codes[1::4] @ x[0])[:, None] * x[0] / x[0].square().sum()  # orthogonal to the first row
+    return x * row_scale, codes * code_scale
+
+
 def largest(dtype: torch.dtype) -> Data:
     """x - e overflows in the dtype itself."""
     x, codes = normal(31, 65, 7)
@@ -186,6 +195,10 @@ DATA: dict[str, Callable[[], Data]] = {
     "largest float16": lambda: largest(torch.float16),
     "float32, all magnitudes": lambda: all_magnitudes(torch.float32, 37),
     "float64, all magnitudes": lambda: all_magnitudes(F64, 300),
+    "products beyond float32": lambda: products_beyond_float32(1e30, 1e10, 2),
+    "products beyond float32, more dims": lambda: products_beyond_float32(1e20, 1e18, 64),
+    "products beyond float32, tiny rows": lambda: products_beyond_float32(1e-30, 1e17, 24),
+    "products below float32": lambda: products_beyond_float32(1e-28, 1e-9, 24),
     "float64, near ties": lambda: near_ties(1, 1),
     "float64, near ties of tiny rows": lambda: near_ties(1e-200, 1),
     "float64, near ties of tiny codes": lambda: near_ties(1, 1e-200),
@@ -219,6 +232,17 @@ def answer(name: str, metric: str) -> Data:
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_isa_is_exact(isa: str, metric: str, name: str) -> None:
     check(*prepared(name), metric, "native", answer(name, metric))
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_few_rows_are_exact(isa: str, metric: str, name: str) -> None:
+    """Searches of one to four rows may take a path of their own."""
+    x, codes = prepared(name)
+    index, score = answer(name, metric)
+    for begin, end in ((0, 1), (1, 3), (3, 6), (6, 10), (-4, None), (-1, None)):
+        part = slice(begin, end)
+        check(x[part], codes, metric, "native", (index[part], score[part]))
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -300,6 +324,20 @@ def test_where_nothing_can_win_the_answer_is_code_0(isa: str) -> None:
         assert indices.tolist() == [0, 0, 0]
         assert torch.equal(score.isnan(), torch.tensor([True, False, False]))
         assert score[1:].tolist() == [INF, 1.0]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 20])
+def test_sums_that_overflow_float32_neither_win_nor_lose(isa: str, rows: int) -> None:
+    """In float32 the first code has the value +inf (or -inf), in truth the second is better (or worse)."""
+    ones = torch.ones(16)
+    for repeat in (1, 16):  # one vector, or one step after the other into the same sums
+        first = (3e19 * torch.tensor([1, 1, -1, -1.04])).repeat_interleave(repeat)
+        x, codes = torch.full((rows, 4 * repeat), 1e19), torch.stack([first, 1e15 * ones.repeat(16)[: 4 * repeat]])
+        assert search(x, codes, "dot")[0].tolist() == [1] * rows
+        assert search(x, -codes, "dot")[0].tolist() == [0] * rows
+    x, codes = torch.tensor([[1e30, 0.0]]).expand(rows, 2), torch.tensor([[1e10, 1e10], [1.0, 0.1]])
+    assert search(x, codes, "cosine")[0].tolist() == [1] * rows
+    assert search(-x, codes, "cosine")[0].tolist() == [0] * rows
 
 
 def test_more_pairs_than_an_int32_counts() -> None:

@@ -42,6 +42,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
             ("image-size", int, "side of the training crops in pixels"),
             ("resize", int, "first bring the shorter side of every image to this (default: keep the pixels)"),
             ("held-out", float, "share of the images in --data kept for evaluation"),
+            ("shuffle-channels", float, "share of crops with permuted colours (default: 0.25, with --data 0)"),
             ("workers", int, "processes that load images; 0: none besides the training process"),
         ),
     ),

@@ -57,6 +57,8 @@ class TrainConfig:
         image_size: side of the training crops in pixels, a multiple of ``downsample``.
         resize: bring the shorter side of every image to this many pixels first; None keeps the pixels.
         held_out: share of the images that is kept for evaluation (a folder only; the photographs have a fixed split).
+        shuffle_channels: share of the crops whose colour channels are permuted, so that a few photographs teach many
+            hues; None: a quarter of the crops of the built-in photographs, none of a folder's.
         batch_size: crops per step, over all processes together.
         steps: optimiser steps.
         lr: peak learning rate: linear warm-up over the first 2 % of the steps, then a cosine to 5 %.
@@ -83,8 +85,9 @@ class TrainConfig:
     image_size: int = 64
     resize: int | None = None
     held_out: float = 0.1
+    shuffle_channels: float | None = None
     batch_size: int = 32
-    steps: int = 1000
+    steps: int = 800
     lr: float = 2e-3
     seed: int = 0
     codes: int = 512
@@ -108,7 +111,7 @@ class TrainConfig:
     tensorboard: bool = False
     log_every: int = 10
     eval_every: int = 100
-    checkpoint_every: int = 250
+    checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -127,6 +130,8 @@ class TrainConfig:
             raise TrainingError(f"seed is {self.seed}; expected less than 2^63")
         if not 0 < self.held_out < 1:
             raise TrainingError(f"held_out is {self.held_out!r}; expected a share between 0 and 1")
+        if self.shuffle_channels is not None and not 0 <= self.shuffle_channels <= 1:
+            raise TrainingError(f"shuffle_channels is {self.shuffle_channels!r}; expected a share between 0 and 1")
         if self.decay is not None and not 0 <= self.decay < 1:
             raise TrainingError(f"decay is {self.decay!r}; expected 0 <= decay < 1, or none for a gradient codebook")
         for name, choices in (("precision", PRECISIONS), ("device", DEVICES), ("backend", BACKENDS)):
@@ -145,6 +150,13 @@ class TrainConfig:
         if isinstance(value, bool) or not isinstance(value, allowed) or not value >= least:
             what = "an integer" if kind is int else "a number"
             raise TrainingError(f"{name} is {value!r}; expected {what} >= {least}")
+
+    @property
+    def shuffled_share(self) -> float:
+        """``shuffle_channels`` with its default filled in."""
+        if self.shuffle_channels is not None:
+            return self.shuffle_channels
+        return 0.25 if self.data is None else 0.0
 
     @property
     def model(self) -> VQVAEConfig:

@@ -228,10 +228,12 @@ class Crops(torch.utils.data.Dataset[Tensor]):
         images: to cut from, each equally often.
         size: side of a crop.
         seed: of the run.
+        shuffle_channels: share of the crops whose colour channels are permuted, so that a few photographs teach many
+            hues.
     """
 
-    def __init__(self, images: ImageSet, size: int, seed: int) -> None:
-        self.images, self.size, self.seed = images, size, seed
+    def __init__(self, images: ImageSet, size: int, seed: int, shuffle_channels: float = 0.0) -> None:
+        self.images, self.size, self.seed, self.shuffle_channels = images, size, seed, shuffle_channels
 
     def __getitem__(self, index: int) -> Tensor:
         """Crop number ``index`` as uint8 (3, size, size)."""
@@ -242,6 +244,8 @@ class Crops(torch.utils.data.Dataset[Tensor]):
         crop = pixels[top : top + self.size, left : left + self.size]
         if random.integers(2):
             crop = crop[:, ::-1]
+        if random.random() < self.shuffle_channels:
+            crop = crop[..., random.permutation(3)]
         return torch.from_numpy(crop.transpose(2, 0, 1).copy())
 
 

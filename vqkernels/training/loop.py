@@ -122,8 +122,15 @@ class _Run:
         size = config.image_size
         self.eval_crops, self.eval_names = data.evaluation_crops(self.images.held_out, size, CROPS_PER_IMAGE)
         if self.main:
-            folder.write_config(config) if resume else folder.start(config)
+            self._open_folder(resume)
         self.accelerator.wait_for_everyone()
+
+    def _open_folder(self, resume: bool) -> None:
+        if resume:
+            self.folder.sweep()
+            self.folder.write_config(self.config)
+        else:
+            self.folder.start(self.config)
 
     def _report_images(self) -> None:
         images = self.images
@@ -187,7 +194,7 @@ class _Run:
         config, tqdm = self.config, require("tqdm").tqdm
         self.began = time.perf_counter()
         loader = torch.utils.data.DataLoader(
-            data.Crops(self.images.train, config.image_size, config.seed),
+            data.Crops(self.images.train, config.image_size, config.seed, config.shuffled_share),
             batch_sampler=_StepBatches(
                 self.step,
                 config.steps,

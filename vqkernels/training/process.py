@@ -106,7 +106,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            # A signal that is ignored (nohup, a shell's background job) stays ignored.
+            heard = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._old = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -98,6 +98,12 @@ class RunFolder:
             details = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
             raise TrainingError(f"cannot resume {self.path} with other options ({details}); use another --output")
 
+    def sweep(self) -> None:
+        """Remove the temporary files of a process that was killed while it wrote."""
+        for folder in (self.path, self.model):
+            for file in folder.glob(".*.tmp"):
+                file.unlink(missing_ok=True)
+
     def start(self, config: TrainConfig) -> None:
         """Make the folder, remove what an earlier run left (only files of ours), write the config.
 
@@ -110,6 +116,7 @@ class RunFolder:
                 file.unlink(missing_ok=True)
             for folder in (self.model, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
+            self.sweep()
             self.write_config(config)
         except OSError as e:
             raise TrainingError(f"output {self.path} cannot be written: {e.strerror or e}") from e

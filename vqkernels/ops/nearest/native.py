@@ -59,6 +59,8 @@ def _packed(lib: ctypes.CDLL, key: tuple[object, ...], codes: _native.Codes, met
     _native.check(lib.vqk_cpu_nearest_pack(ctypes.byref(codes), metric, isa, packed.data_ptr()))
     with _lock:
         _cache.pop(key, None)
+        if storage.untyped_storage().nbytes() > _budget():
+            return packed
         _cache[key] = (fingerprint, packed)
         total = sum(p.untyped_storage().nbytes() for _, p in _cache.values())
         while total > _budget() and _cache:
@@ -78,7 +80,10 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     key = (codebook.data_ptr(), codebook.dtype, codebook.shape, codebook.stride(), metric, isa)
     codebook = codebook.contiguous()
     rows, codes = _native.rows(x), _native.codes(codebook)
-    packed = _packed(lib, key, codes, _native.METRICS[metric], isa)
+    # A few rows are searched in the codebook itself: packing it, or checking that it is unchanged, would cost more.
+    packed = None
+    if precision == "fast" or lib.vqk_cpu_nearest_needs_packing(ctypes.byref(rows), ctypes.byref(codes)):
+        packed = _packed(lib, key, codes, _native.METRICS[metric], isa)
     _native.check(
         lib.vqk_cpu_nearest(
             ctypes.byref(rows),
@@ -86,7 +91,7 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
             _native.METRICS[metric],
             _native.PRECISIONS[precision],
             isa,
-            packed.data_ptr(),
+            None if packed is None else packed.data_ptr(),
             _native.int64_pointer(indices),
             _native.float_pointer(score),
         )
