@@ -17,6 +17,8 @@ from vqkernels._triton import nearest_pack, nearest_search
 
 # Elements of packed rows that are alive at a time: 128 MB in float16, whatever N is.
 SCRATCH_ELEMENTS = 2**26
+# Rows that are alive at a time: their lists and sort keys take some 130 bytes each.
+CHUNK_ROWS = 2**20
 # Candidates that a row can list; more, and it is scanned in float64.
 CAPACITY = 16
 # Up to this many dims, operands are kept in two parts: three times as many fit the 32 dims of the contraction.
@@ -64,7 +66,8 @@ def _plan(x: Tensor, codebook: Tensor) -> _Plan:
     block_d = min(config.block_d, wanted)
     padded_dim = _triton.ceil_div(3 * d if split else d, block_d) * block_d
     tiles = _triton.ceil_div(codebook.shape[1], config.block_n)
-    fit = max(config.block_m, SCRATCH_ELEMENTS // (padded_dim * h) // config.block_m * config.block_m)
+    fit = min(SCRATCH_ELEMENTS // padded_dim, CHUNK_ROWS) // h
+    fit = max(config.block_m, fit // config.block_m * config.block_m)
     return _Plan(config, split, padded_dim, block_d, tiles, min(fit, b * s))
 
 
