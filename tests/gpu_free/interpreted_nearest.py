@@ -205,3 +205,21 @@ def test_bounds_enclose_the_best_score(d: int, monkeypatch: pytest.MonkeyPatch) 
     assert (best <= upper).all()
     width = (upper - lower) / (info[0, 1].double() * b.norm(dim=1).amax() * torch.exp2(q) + best.abs())
     assert float(width.max()) < 1e-2
+
+
+@pytest.mark.parametrize("rounded", ["rows", "codes"])
+@pytest.mark.parametrize("shift", [0.49, -0.24])  # just under half a step of float16 above 1, and below
+def test_rounding_of_either_side_alone_is_in_the_bound(
+    rounded: str, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(nearest_search.merge)
+    monkeypatch.setattr(nearest_search, "merge", spy)
+    exact, inexact = torch.ones(1, 20), torch.ones(1, 20) + shift / 1024
+    inexact[0, 0] = 1.0
+    x, codes = (inexact, exact) if rounded == "rows" else (exact, inexact)
+    search(x, codes, "dot")
+    # The largest element is 1, or is below 2 and above 1: both sides are scaled by 2^14.
+    best = float(x[0].double() @ codes[0].double()) * 2.0**28
+    part = spy.calls[0]["part"].double()
+    assert float(part[0, :, 0, 0].amax()) <= best <= float(part[0, :, 1, 0].amax())
+    assert abs(float(part[0, :, 0, 0].amax()) + float(part[0, :, 1, 0].amax()) - 2 * best) > 2.0**28 * 1e-4
