@@ -94,7 +94,7 @@ def test_empty_environment_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_names_are_errors_that_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"backend is 'cuda'; expected 'auto' or one of 'native', 'reference'"):
+    with pytest.raises(ValueError, match=r"backend is 'cuda'; expected 'auto' or one of 'native', 'triton', 'ref"):
         ops.nearest(X, CODEBOOK, backend="cuda")
     with pytest.raises(ValueError, match=r"use_backend\(name\) is 'cuda'"), use_backend("cuda"):
         pytest.fail("entered")

@@ -49,6 +49,12 @@ def _probe_native(device: str) -> str | None:
     return _native.unavailable(device)
 
 
+def _probe_triton(device: str) -> str | None:
+    from vqkernels import _triton
+
+    return _triton.unavailable(device)
+
+
 def _probe_reference(device: str) -> str | None:
     return None
 
@@ -56,6 +62,7 @@ def _probe_reference(device: str) -> str | None:
 # Order of preference. "auto" takes the first that can run the call.
 BACKENDS: tuple[Backend, ...] = (
     Backend("native", _probe_native),
+    Backend("triton", _probe_triton),
     Backend("reference", _probe_reference),
 )
 
@@ -83,7 +90,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Ask for one backend inside a ``with`` block (this thread only); an explicit argument still wins.
 
     Args:
-        name: ``"reference"``, ``"native"`` or ``"auto"``.
+        name: ``"reference"``, ``"native"``, ``"triton"`` or ``"auto"``.
 
     Raises:
         ValueError: the name is no backend.

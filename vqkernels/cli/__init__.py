@@ -21,6 +21,7 @@ examples:
   vqkernels info                  what runs where, and why not: versions, instruction sets, every op x backend
   vqkernels train                 train a small VQ-VAE on photographs that ship with scikit-image and scikit-learn
   vqkernels train --data FOLDER   the same on your images
+  vqkernels tune                  measure launch configurations of the Triton kernels on this GPU
   vqkernels bench                 compare with other libraries (from a source checkout)
 """
 

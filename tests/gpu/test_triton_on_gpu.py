@@ -1,0 +1,156 @@
+"""The Triton backend on a GPU: the CPU's indices, no N x K, the same bits twice, CUDA graphs, and the bound itself.
+
+Skipped without a CUDA device; tests/gpu_free covers the same kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vqkernels
+from vqkernels import _triton
+from vqkernels.ops.nearest import nearest
+from vqkernels.testing import assert_nearest, tie_cases
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(_triton.unavailable("cuda") is not None, reason=str(_triton.unavailable("cuda"))),
+]
+DEVICE = "cuda"
+SHAPES = ((1, 1, 1), (3, 7, 2), (33, 100, 3), (257, 1000, 8), (100, 129, 12), (500, 2049, 32), (63, 500, 100),
+          (300, 1025, 256), (65, 300, 768))  # fmt: skip
+
+
+def search(x: Tensor, codes: Tensor, metric: str = "l2", precision: str = "exact") -> tuple[Tensor, Tensor]:
+    indices, score = nearest(x[None, None], codes[None], metric, precision, "triton")
+    return indices[0, 0], score[0, 0]
+
+
+def data(n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    x, codes = torch.randn(n, d), torch.randn(k, d)
+    x[::4] = codes[torch.randint(k, (len(x[::4]),))]
+    return x.to(DEVICE, dtype), codes.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_row_equals_the_oracle(shape: tuple[int, int, int], metric: str, dtype: torch.dtype) -> None:
+    x, codes = data(*shape, dtype)
+    indices, score = search(x, codes, metric)
+    assert_nearest(indices.cpu(), x.cpu(), codes.cpu(), metric, score.cpu())
+
+
+@pytest.mark.parametrize("case", tie_cases(), ids=lambda case: case.name)
+def test_lowest_index_wins_on_exact_ties(case: Any) -> None:
+    assert search(case.x.to(DEVICE), case.codebook.to(DEVICE), case.metric)[0].tolist() == case.indices.tolist()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
+def test_nan_infinity_and_extreme_ranges(metric: str) -> None:
+    x, codes = data(40, 60, 6)
+    x[2, 3], x[5, 0], x[7], x[9], x[11] = float("nan"), float("inf"), 0.0, x[9] * 1e30, x[11] * 1e-40
+    codes[4, 2], codes[9, 1], codes[11], codes[20:50] = float("nan"), float("inf"), 0.0, codes[3]
+    indices, score = search(x, codes, metric)
+    assert_nearest(indices.cpu(), x.cpu(), codes.cpu(), metric, score.cpu())
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(4096, 16384, 256), (16384, 16384, 8), (50, 65536, 32)])
+def test_large_searches_equal_the_cpu_and_themselves(n: int, k: int, d: int) -> None:
+    x, codes = data(n, k, d)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first = search(x, codes)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < n * k * 4 / 2, f"{peak} bytes: as much as an N x K matrix would take"
+    second = search(x, codes)
+    expected = vqkernels.nearest(x.cpu(), codes.cpu())
+    for i in range(2):
+        assert first[i].equal(second[i])
+        assert first[i].cpu().equal(expected[i])
+
+
+@pytest.mark.parametrize("d", [8, 16, 64, 256, 1024])
+def test_published_accumulation_constant_holds(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One large product and many that an aligned accumulator cuts off, all exact in float16: only A can be wrong.
+    from vqkernels._triton import nearest_search
+
+    seen: dict[str, Any] = {}
+
+    class Spy:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                merge[grid](*args, **kwargs)
+                seen.update(zip(merge.arg_names, args, strict=False))
+
+            return launch
+
+    merge = nearest_search.merge
+    monkeypatch.setattr(nearest_search, "merge", Spy())
+    for power in range(8, 14):
+        for sign in (1.0, -1.0):
+            x = torch.full((64, d), 2.0**-power, device=DEVICE)
+            x *= 1 + torch.randint(0, 2, (64, d), device=DEVICE) / 1024
+            x[:, 0] = 1.0
+            codes = x[:1].clone()
+            codes[:, 1:] *= sign
+            search(x, codes, "dot")
+            # a = 2^14 x and b = 2^14 e: p and q come from the largest element, which is 1.
+            best = (x.double() @ codes.double().T)[:, 0] * 2.0**28
+            part = seen["part"].double()
+            assert (part[0, :, 0].amax(0) <= best).all()
+            assert (best <= part[0, :, 1].amax(0)).all()
+
+
+def test_cuda_graph_replays_the_search_on_new_values() -> None:
+    x, codes = data(64, 500, 32)
+    search(x, codes)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        indices, score = search(x, codes)
+    x.copy_(torch.randn_like(x))
+    codes.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_nearest(indices.cpu(), x.cpu(), codes.cpu(), "l2", score.cpu())
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_a_compiled_training_step_agrees_with_the_cpu(gradient: str) -> None:
+    def step(z: Tensor, codebook: Tensor) -> Tensor:
+        out = vqkernels.vector_quantize(z, codebook, gradient=gradient)
+        return out.quantized.square().sum() + out.loss
+
+    z, codebook = torch.randn(100, 12), torch.randn(40, 12)
+    results = []
+    for device, function in (("cpu", step), (DEVICE, step), (DEVICE, torch.compile(step, fullgraph=True))):
+        a, b = (t.to(device).requires_grad_() for t in (z, codebook))
+        loss = function(a, b)
+        loss.backward()
+        results.append([t.detach().cpu() for t in (loss, a.grad, b.grad)])
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_moving_averages_agree_with_the_cpu() -> None:
+    results = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(4)
+        vq = vqkernels.VectorQuantizer(16, 8, decay=0.9)
+        vq.to(device)
+        for _ in range(3):
+            out = vq(torch.randn(2, 8, 9, 5).to(device))
+        results.append((out.indices.cpu(), {k: v.cpu() for k, v in vq.state_dict().items()}))
+    assert results[0][0].equal(results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
+
+
+def test_automatic_choice_is_triton() -> None:
+    x, codes = data(5, 7, 3)
+    assert vqkernels.explain("nearest", x, codes).splitlines()[0] == "nearest on cuda: triton"

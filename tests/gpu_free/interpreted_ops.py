@@ -1,0 +1,163 @@
+"""``lookup``, ``codebook_sum``, ``quantize_grad`` and ``ema_update`` in Triton's interpreter, against the reference.
+
+Run by tests/gpu_free/test_triton_interpreter.py in a process where ``TRITON_INTERPRET=1``. No bfloat16 results: the
+interpreter truncates where GPUs round to nearest.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import vqkernels
+from vqkernels import _native, dispatch, ops
+
+DTYPES = (torch.float32, torch.float64, torch.float16)
+LAYOUTS = ("rows", "channel_first", "sliced")
+# H, B, S, D and K
+SIZES = ((1, 1, 1, 1, 1), (2, 3, 7, 5, 9), (1, 2, 33, 130, 3))
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides."""
+    if layout == "channel_first":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "sliced":
+        return torch.stack([x, x + 1], -1)[..., 0]
+    return x
+
+
+def case(sizes: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, codes and indices of which some are -1."""
+    h, b, s, d, k = sizes
+    indices = torch.randint(-1, k, (h, b, s))
+    return (
+        laid_out(torch.randn(h, b, s, d).to(dtype), layout),
+        laid_out(torch.randn(h, k, d).to(dtype), layout),
+        indices,
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_lookup_gathers_and_converts(sizes: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    _, codes, indices = case(sizes, dtype, layout)
+    for channel_first in (False, True):
+        for out in (None, torch.float32, torch.float16):
+            found = ops.lookup(codes, indices, channel_first, out, "triton")
+            expected = ops.lookup(codes, indices, channel_first, out, "reference")
+            assert found.dtype == expected.dtype
+            assert found.stride() == expected.stride()
+            assert found.equal(expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_codebook_sum_equals_the_reference_to_the_bit(sizes: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    x, codes, indices = case(sizes, dtype, layout)
+    sums, counts = ops.codebook_sum(x, indices, codes.shape[1], "triton")
+    expected = ops.codebook_sum(x, indices, codes.shape[1], "reference")
+    assert sums.dtype == expected[0].dtype
+    assert sums.equal(expected[0])
+    assert counts.equal(expected[1])
+
+
+def test_codebook_sum_survives_collapse_and_codes_without_rows() -> None:
+    x = torch.randn(1, 1, 1300, 3)
+    indices = torch.where(torch.rand(1, 1, 1300) < 0.9, 4, torch.randint(-1, 40, (1, 1, 1300)))
+    for num_codes in (40, 1400):
+        found = ops.codebook_sum(x, indices, num_codes, "triton")
+        expected = ops.codebook_sum(x, indices, num_codes, "reference")
+        assert int(found[1].max()) > 4 * 256
+        assert found[0].equal(expected[0])
+        assert found[1].equal(expected[1])
+    nothing = ops.codebook_sum(x, torch.full_like(indices, -1), 7, "triton")
+    assert not nothing[0].any()
+    assert not nothing[1].any()
+    assert not ops.codebook_sum(x[:, :, :0], indices[:, :, :0], 7, "triton")[0].any()
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_quantize_grad_agrees_with_the_reference(sizes: tuple[int, ...], dtype: torch.dtype, gradient: str) -> None:
+    for layout in LAYOUTS:
+        z, codes, indices = case(sizes, dtype, layout)
+        grad = laid_out(torch.randn(z.shape), layout)
+        commitment = torch.tensor(0.3)
+        for channel_first in (False, True):
+            found = ops.quantize_grad(grad, z, codes, indices, commitment, gradient, channel_first, "triton")
+            expected = ops.quantize_grad(grad, z, codes, indices, commitment, gradient, channel_first, "reference")
+            assert found.stride() == expected.stride()
+            close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
+            torch.testing.assert_close(found, expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("h", "k", "d"), [(1, 1, 1), (2, 9, 5), (1, 33, 130)])
+def test_ema_update_agrees_with_the_reference(h: int, k: int, d: int, normalize: bool) -> None:
+    state = [torch.rand(h, k) * 5, torch.randn(h, k, d), torch.randn(h, k, d)]
+    counts, sums = torch.randint(0, 9, (h, k)).float(), torch.randn(h, k, d)
+    copy = [t.clone() for t in state]
+    ops.ema_update(*state, counts, sums, 0.9, 1e-5, normalize, "triton")
+    ops.ema_update(*copy, counts, sums, 0.9, 1e-5, normalize, "reference")
+    for found, expected in zip(state, copy, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    empty = [torch.zeros(h, k), torch.zeros(h, k, d), torch.randn(h, k, d)]
+    kept = empty[2].clone()
+    ops.ema_update(*empty, counts * 0, sums * 0, 0.9, 0.0, normalize, "triton")
+    assert empty[2].equal(kept)
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_quantizer_forward_and_backward(gradient: str) -> None:
+    results = []
+    for name in ("triton", "reference"):
+        torch.manual_seed(3)
+        z, codebook = torch.randn(2, 12, 6, requires_grad=True), torch.randn(20, 6, requires_grad=True)
+        with vqkernels.use_backend(name):
+            out = vqkernels.vector_quantize(z, codebook, gradient=gradient, mask=torch.rand(2, 12) < 0.8)
+            (out.quantized.square().sum() + out.loss).backward()
+        results.append((out.quantized, out.indices, out.loss, z.grad, codebook.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_module_trains_with_moving_averages() -> None:
+    results = []
+    for name in ("triton", "reference"):
+        torch.manual_seed(4)
+        vq = vqkernels.VectorQuantizer(16, 8, decay=0.9)
+        with vqkernels.use_backend(name):
+            for _ in range(2):
+                out = vq(torch.randn(2, 8, 3, 5))
+        results.append((out.indices, out.loss, vq.state_dict()))
+    assert results[0][0].equal(results[1][0])
+    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-5, atol=1e-5)
+
+
+def test_index_out_of_range_is_an_error_on_cpu() -> None:
+    x, codes = torch.randn(1, 1, 3, 2), torch.randn(1, 4, 2)
+    for wrong in (4, -2):
+        indices = torch.tensor([[[0, wrong, 1]]])
+        with pytest.raises(ValueError, match=f"indices contains {wrong}"):
+            ops.lookup(codes, indices, False, None, "triton")
+        with pytest.raises(ValueError, match=f"indices contains {wrong}"):
+            ops.codebook_sum(x, indices, 4, "triton")
+
+
+def test_float64_search_is_unsupported_and_falls_back() -> None:
+    x, codes = torch.randn(5, 3).double(), torch.randn(4, 3).double()
+    with pytest.raises(dispatch.Unsupported, match=r"x is torch\.float64, not one of float32, float16, bfloat16"):
+        vqkernels.nearest(x, codes, backend="triton")
+    assert vqkernels.nearest(x, codes)[0].equal(vqkernels.nearest(x, codes, backend="reference")[0])
+
+
+@pytest.mark.skipif(_native.unavailable() is not None, reason="no native library")
+def test_automatic_choice_on_cpu_does_not_take_the_interpreter() -> None:
+    text = vqkernels.explain("nearest", torch.randn(5, 3), torch.randn(4, 3))
+    assert text.splitlines()[0] == "nearest on cpu: native"
+    assert "triton     available" in text

@@ -1,0 +1,139 @@
+"""Every Triton kernel that the backend launches, compiled for GPUs that are not here; and what kernels must not do.
+
+What is asserted is what a compiler can know: it compiles, it fits in shared memory, it does not spill registers, it
+uses the tensor cores, and float64 sums are not fused. Speed is not among them.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from launches import Launch, compiled, recorded, resources
+from triton.backends.compiler import GPUTarget
+
+from vqkernels._triton import interpreted
+from vqkernels.ops.codebook_sum import triton as codebook_sum
+from vqkernels.ops.ema_update import triton as ema_update
+from vqkernels.ops.lookup import triton as lookup
+from vqkernels.ops.nearest import triton as nearest
+from vqkernels.ops.quantize_grad import triton as quantize_grad
+
+PACKAGE = Path(__file__).resolve().parents[2] / "vqkernels"
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+# N, K, D, metric, dtype of x, dtype of the codebook: one per shipped configuration and per kind of operand.
+SEARCHES = (
+    (300, 500, 3, "l2", torch.float32, torch.float32),
+    (300, 500, 8, "cosine", torch.bfloat16, torch.float32),
+    (300, 500, 32, "l2", torch.float16, torch.float16),
+    (300, 500, 64, "dot", torch.float32, torch.float32),
+    (300, 500, 100, "l2", torch.bfloat16, torch.bfloat16),
+    (300, 500, 256, "l2", torch.float32, torch.float32),
+    (1, 1, 1, "l2", torch.float32, torch.float32),
+)
+F64_SUM = {"decide", "scan", "code_stats"}
+
+
+@functools.cache
+def launches() -> tuple[Launch, ...]:
+    with recorded() as found:
+        for n, k, d, metric, x_dtype, e_dtype in SEARCHES:
+            nearest.run(torch.zeros(1, 1, n, d, dtype=x_dtype), torch.zeros(1, k, d, dtype=e_dtype), metric, "exact")
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for d in (7, 256) if dtype == torch.float32 else (256,):
+                other_ops(torch.zeros(2, 3, 50, d, dtype=dtype), torch.zeros(2, 100, d, dtype=dtype))
+    return tuple(found)
+
+
+def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
+    indices = torch.zeros(z.shape[:3], dtype=torch.int64)
+    commitment, state, counts = torch.ones(()), torch.zeros(codes.shape), torch.zeros(codes.shape[:2])
+    for channel_first in (False, True) if z.dtype == torch.float32 else (False,):
+        lookup.run(codes, indices, channel_first, torch.float32)
+        for gradient in ("straight_through", "rotation", "none"):
+            quantize_grad.run(z, z, codes, indices, commitment, gradient, channel_first)
+        ema_update.run(counts, state, state, counts, state, 0.99, 1e-5, channel_first)
+    codebook_sum.run(z, indices, codes.shape[1])
+
+
+def test_every_kernel_of_the_package_is_launched() -> None:
+    defined = {
+        node.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and is_kernel(node) and node.args.args[0].arg not in HELPERS
+    }
+    assert {launch.fn.__name__ for launch in launches()} == defined
+
+
+# First arguments of functions that kernels call; they are compiled with their callers.
+HELPERS = {"value", "exponent", "a_start", "bounds", "x_start"}
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    return any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_kernels_compile_and_fit(name: str) -> None:
+    assert not interpreted()
+    target, shared = TARGETS[name]
+    uses = 0
+    for launch in launches():
+        binary = compiled(launch, target)
+        assert binary.metadata.shared <= shared, f"{launch}: {binary.metadata.shared} bytes of shared memory"
+        if target.backend == "hip":
+            spills = re.findall(r"vgpr_spill_count:\s*(\d+)", binary.asm["amdgcn"])
+            assert spills, launch
+            assert set(spills) == {"0"}, f"{launch}: {spills} registers spilled"
+            continue
+        used = resources(binary)
+        # A frame of 8 bytes is no spilled tile: sm_100 has one in the smallest kernels.
+        assert used["STACK"] <= 8, f"{launch}: {used}"
+        assert used["LOCAL"] == 0, f"{launch}: {used}"
+        check_ptx(launch, binary.asm["ptx"])
+        uses += bool(re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", binary.asm["ptx"]))
+    assert target.backend == "hip" or uses >= len(SEARCHES)
+
+
+def check_ptx(launch: Launch, ptx: str) -> None:
+    assert not re.search(r"\b(atom|red)\.\S*f(16|32|64)", ptx), launch
+    if launch.fn.__name__ in F64_SUM:
+        # Without .rn ptxas would be free to fuse; div and sqrt must be the correctly rounded ones.
+        assert "fma.rn.f64" not in ptx, launch
+        assert not re.search(r"(add|sub|mul|div|sqrt)\.f64|(div|sqrt)\.approx\S*\.f64", ptx), launch
+
+
+def jit_functions() -> list[Any]:
+    found = [
+        (path, node)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and is_kernel(node)
+    ]
+    assert len(found) >= 10
+    return found
+
+
+@pytest.mark.parametrize(("path", "node"), [pytest.param(p, n, id=f"{p.stem}-{n.name}") for p, n in jit_functions()])
+def test_kernel_is_deterministic_and_does_not_recompile_with_sizes(path: Path, node: ast.FunctionDef) -> None:
+    source = ast.unparse(node)
+    assert "atomic" not in source, "the order of float atomics changes between runs"
+    assert "autotune" not in source, "tuning at run time stalls training; ship a configuration"
+    constants = {a.arg for a in node.args.args if a.annotation is not None and "constexpr" in ast.unparse(a.annotation)}
+    blocks = {c for c in constants if c.startswith("BLOCK")}
+    assert constants - blocks <= {"METRIC", "SPLIT", "RESIDENT", "CAPACITY", "CHUNK", "DOUBLE", "GRADIENT", "NORMALIZE"}

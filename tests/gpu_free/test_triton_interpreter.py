@@ -1,0 +1,26 @@
+"""The Triton backend without a GPU: the files interpreted_*.py, in a process where Triton's interpreter is on.
+
+Triton reads ``TRITON_INTERPRET`` when a kernel is defined, so one process cannot have both.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+FILES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_interpreted(path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parents[2], check=False)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

@@ -1,0 +1,202 @@
+"""``nearest`` on Triton kernels: exact, no N x K, no host synchronisation, so that it can be captured in a CUDA graph.
+
+Called by ``dispatch``. Screen in float16 on the tensor cores with a rigorous bound, list the codes that the bound
+cannot tell apart, decide those in float64. Codes are packed anew on every call (O(K*D)): to learn that a codebook is
+unchanged takes a synchronisation, and versions miss writes through ``.data``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqkernels import _triton, tuned
+from vqkernels._triton import nearest_pack, nearest_search
+
+# Elements of packed rows that are alive at a time: 128 MB in float16, whatever N is.
+SCRATCH_ELEMENTS = 2**26
+# Rows that are alive at a time: their lists and sort keys take some 130 bytes each.
+CHUNK_ROWS = 2**20
+# Candidates that a row can list; more, and it is scanned in float64.
+CAPACITY = 16
+# Up to this many dims, operands are kept in two parts: three times as many fit the 32 dims of the contraction.
+SPLIT_DIMS = 10
+METRICS = {"l2": 0, "cosine": 1, "dot": 2}
+# Rows per program that lists candidates: no more, or the running positions of a tile spill registers.
+COLLECT_ROWS = 32
+# Rows that one program of the scan looks after: most of them need none.
+SCAN_ROWS = 8
+# Programs that fill a GPU about twice; below it the codes are split as well.
+PROGRAMS = 264
+MOST_SPLITS = 64
+
+
+def supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
+    """Every shape and stride; float32, float16 and bfloat16 on either side; sizes that 32-bit indices reach."""
+    if (reason := _triton.unsupported_dtype(_triton.SCREEN_DTYPES, x=x, codebook=codebook)) is not None:
+        return reason
+    if x.shape[1] * x.shape[2] >= 2**30 or codebook.shape[1] >= 2**30:
+        return f"{x.shape[1] * x.shape[2]} rows and {codebook.shape[1]} codes; row and code ids are 32-bit"
+    return None
+
+
+def describe(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str:
+    """What :func:`vqkernels.explain` adds to "chosen"."""
+    plan = _plan(x, codebook)
+    where = "interpreted" if _triton.interpreted() else "float16 screen"
+    return f"{where}, tiles of {plan.config.block_m} rows x {plan.config.block_n} codes x {plan.config.block_d} dims"
+
+
+class _Plan(NamedTuple):
+    config: tuned.Config
+    split: bool
+    padded_dim: int
+    block_d: int
+    tiles: int
+    chunk: int
+
+
+def _plan(x: Tensor, codebook: Tensor) -> _Plan:
+    h, b, s, d = x.shape
+    split = d <= SPLIT_DIMS
+    wanted = max(16, _triton.power_of_two(3 * d if split else d))
+    config = tuned.nearest_config(wanted, torch.cuda.get_device_name(x.device) if x.is_cuda else "")
+    block_d = min(config.block_d, wanted)
+    padded_dim = _triton.ceil_div(3 * d if split else d, block_d) * block_d
+    tiles = _triton.ceil_div(codebook.shape[1], config.block_n)
+    fit = min(SCRATCH_ELEMENTS // padded_dim, CHUNK_ROWS) // h
+    fit = max(config.block_m, fit // config.block_m * config.block_m)
+    return _Plan(config, split, padded_dim, block_d, tiles, min(fit, b * s))
+
+
+def _accumulation(padded_dim: int) -> float:
+    """Twice the bound A of a float16 product on tensor cores, by the larger (Ampere's) of the published constants."""
+    steps = padded_dim // 8
+    return 2.0 * steps * (9 * 2.0**-24 + 2.0**-23) * (1 + 2.0**-20)
+
+
+class _Codes(NamedTuple):
+    centre: Tensor
+    exponent: Tensor
+    scan: Tensor
+    norms: Tensor
+    packed: Tensor
+    bias: Tensor
+    bounds: Tensor
+
+
+def _pack(codebook: Tensor, metric: int, plan: _Plan, keep: float) -> _Codes:
+    h, k, d = codebook.shape
+    device = codebook.device
+    if metric == 0:
+        # Any centre is right, this one makes the numbers small: a mean spoilt by a NaN is replaced by 0.
+        centre = codebook.mean(1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
+    else:
+        centre = torch.zeros((h, d), dtype=torch.float32, device=device)
+    block = 32
+    step = min(64, _triton.power_of_two(d))
+    largest = torch.empty((h, k), dtype=torch.float32, device=device)
+    norms = torch.empty((h, k if metric == 1 else 1), dtype=torch.float64, device=device)
+    strides = codebook.stride()
+    nearest_pack.code_stats[(_triton.ceil_div(k, block), h)](
+        codebook, *strides, centre, largest, norms, k, d,
+        METRIC=metric, BLOCK_N=block, BLOCK_D=step, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    top = largest.clamp(min=0.0).amax(1)
+    scan = ((largest == -2.0).any(1) | ((top > 0) & (top < 2.0**-60))).to(torch.int32)
+    if metric == 1:
+        exponent = torch.full((h,), 14, dtype=torch.int32, device=device)
+    else:
+        exponent = (15 - torch.frexp(top)[1]).clamp(-120, 100).to(torch.int32)
+    n = plan.config.block_n
+    packed = torch.empty((h, plan.tiles * n, plan.padded_dim), dtype=torch.float16, device=device)
+    bias = torch.empty((h, plan.tiles * n), dtype=torch.float32, device=device)
+    bounds = torch.empty((h, plan.tiles, 3), dtype=torch.float32, device=device)
+    nearest_pack.pack_codes[(plan.tiles, h)](
+        codebook, *strides, centre, largest, norms, exponent, packed, bias, bounds, k, d, plan.padded_dim, plan.tiles,
+        _accumulation(plan.padded_dim), keep,
+        METRIC=metric, SPLIT=plan.split, BLOCK_N=n, BLOCK_D=min(32, plan.block_d), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return _Codes(centre, exponent, scan, norms, packed, bias, bounds)
+
+
+def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:
+    """Pack the codes, then chunks of rows that bound the scratch memory."""
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    score = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if indices.numel() == 0:
+        return indices, score
+    with _triton.on_device(x):
+        plan = _plan(x, codebook)
+        keep = 1.0 if precision == "exact" else 0.0
+        codes = _pack(codebook, METRICS[metric], plan, keep)
+        for first in range(0, x.shape[1] * x.shape[2], plan.chunk):
+            _search(x, codebook, METRICS[metric], plan, codes, keep, first, indices, score)
+    return indices, score
+
+
+def _search(
+    x: Tensor,
+    codebook: Tensor,
+    metric: int,
+    plan: _Plan,
+    codes: _Codes,
+    keep: float,
+    first: int,
+    indices: Tensor,
+    score: Tensor,
+) -> None:
+    (h, b, s, d), k, device = x.shape, codebook.shape[1], x.device
+    n = b * s
+    rows = min(plan.chunk, n - first)
+    c = plan.config
+    packed = torch.empty((h, rows, plan.padded_dim), dtype=torch.float16, device=device)
+    info = torch.empty((h, 5, rows), dtype=torch.float32, device=device)
+    pack_block = 32
+    nearest_pack.pack_rows[(_triton.ceil_div(rows, pack_block), h)](
+        x, *x.stride(), codes.centre, codes.exponent, codes.scan, packed, info, first, rows, n, s, d, plan.padded_dim,
+        keep,
+        METRIC=metric, SPLIT=plan.split, BLOCK_M=pack_block, BLOCK_D=min(32, plan.block_d), num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+    blocks = _triton.ceil_div(rows, c.block_m)
+    splits = max(1, min(PROGRAMS // (blocks * h), MOST_SPLITS, plan.tiles))
+    per_split = _triton.ceil_div(plan.tiles, splits)
+    splits = _triton.ceil_div(plan.tiles, per_split)
+    part = torch.empty((h, splits, 4, rows), dtype=torch.float32, device=device)
+    shape = {
+        "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_D": plan.block_d,
+        "RESIDENT": plan.block_d == plan.padded_dim,
+    }  # fmt: skip
+    nearest_search.screen[(blocks, splits, h)](
+        packed, info, codes.packed, codes.bias, codes.bounds, part, rows, plan.padded_dim, plan.tiles, per_split,
+        **shape, num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+    threshold = torch.empty((h, rows), dtype=torch.float32, device=device)
+    key = torch.empty((h, rows), dtype=torch.int32, device=device)
+    nearest_search.merge[(_triton.ceil_div(rows, 128), h)](
+        part, info, threshold, key, rows, plan.tiles, splits, BLOCK=128, num_warps=4
+    )
+    keys, order = key.sort(dim=1, stable=True)
+    listed = torch.empty((h, rows, CAPACITY), dtype=torch.int32, device=device)
+    count = torch.empty((h, rows), dtype=torch.int32, device=device)
+    nearest_search.collect[(_triton.ceil_div(rows, COLLECT_ROWS), h)](
+        packed, info, codes.packed, codes.bias, codes.bounds, threshold, keys, order, listed, count, rows,
+        plan.padded_dim, plan.tiles,
+        **(shape | {"BLOCK_M": COLLECT_ROWS}), CAPACITY=CAPACITY, num_warps=8, num_stages=2,
+    )  # fmt: skip
+
+    values = (x, *x.stride(), codebook, *codebook.stride(), codes.norms)
+    sizes = (first, rows, n, s, k, d)
+    nearest_search.decide[(_triton.ceil_div(rows, 32), h)](
+        *values, listed, count, indices, score, *sizes,
+        METRIC=metric, CAPACITY=CAPACITY, BLOCK=32, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    nearest_search.scan[(_triton.ceil_div(rows, SCAN_ROWS), h)](
+        *values, count, indices, score, *sizes, SCAN_ROWS,
+        METRIC=metric, CAPACITY=CAPACITY, BLOCK=128, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""Launch configurations: measured ones from ``<device>.json`` beside this file, else a heuristic.
+
+Called by ``ops/<op>/triton.py``; written by ``vqkernels tune``. No file is shipped yet, because nothing has been
+measured: every configuration comes from the heuristic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["HEURISTIC", "Config", "folder", "load", "nearest_config", "override", "slug", "user_folder"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the search kernels are launched.
+
+    Attributes:
+        block_m: rows per program.
+        block_n: codes per tile; also the unit of the error bound.
+        block_d: dims per step of the contraction; rows stay on chip for all tiles where one step covers them.
+        num_warps: warps per program.
+        num_stages: tiles in flight.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def to_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
+
+
+# Padded dims up to the key use the config; chosen from shared memory and register budgets, not measured.
+HEURISTIC: dict[int, Config] = {
+    16: Config(128, 64, 16, 4, 3),
+    32: Config(128, 64, 32, 4, 3),
+    64: Config(128, 64, 64, 4, 3),
+    128: Config(128, 64, 128, 8, 3),
+    2**31: Config(128, 128, 64, 8, 3),
+}
+
+
+def slug(device_name: str) -> str:
+    """A device's name as a file name: ``"NVIDIA H200"`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+def folder() -> Path:
+    """Where shipped files lie."""
+    return Path(__file__).parent
+
+
+def user_folder() -> Path:
+    """Where ``vqkernels tune`` writes unless told otherwise; read before the shipped files."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("VQKERNELS_TUNED") or Path(base) / "vqkernels" / "tuned")
+
+
+@functools.cache
+def load(device_name: str) -> dict[int, Config]:
+    """Measured configurations of a device by the largest padded dim that they serve; empty if there are none.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` says.
+
+    Raises:
+        ValueError: a file is there and is not what ``vqkernels tune`` writes.
+    """
+    for place in (user_folder(), folder()):
+        path = place / f"{slug(device_name)}.json"
+        if path.is_file():
+            return _parse(path, json.loads(path.read_text()))
+    return {}
+
+
+def _parse(path: Path, content: Any) -> dict[int, Config]:
+    try:
+        return {int(dim): Config(**config) for dim, config in content["nearest"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is not a file that `vqkernels tune` wrote ({e!r}); remove it or tune again") from e
+
+
+_override: contextvars.ContextVar[Config | None] = contextvars.ContextVar("vqkernels_config", default=None)
+
+
+@contextlib.contextmanager
+def override(config: Config) -> Iterator[None]:
+    """Launch with ``config`` inside a ``with`` block; the tuner measures with it."""
+    token = _override.set(config)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def nearest_config(padded_dim: int, device_name: str = "") -> Config:
+    """The measured configuration for a contraction of ``padded_dim`` dims, else the heuristic's.
+
+    >>> nearest_config(32).block_d
+    32
+    """
+    if (config := _override.get()) is not None:
+        return config
+    for table in (load(device_name) if device_name else {}, HEURISTIC):
+        for largest in sorted(table):
+            if padded_dim <= largest:
+                return table[largest]
+    return HEURISTIC[max(HEURISTIC)]
