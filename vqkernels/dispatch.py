@@ -36,11 +36,13 @@ class Unsupported(RuntimeError):
 class Backend:
     """One entry of the backend table.
 
+    ``automatic=False`` keeps it from being chosen unless it is asked for.
     ``probe(device_type)`` returns the reason why the backend cannot run on that kind of device here, or ``None``.
     """
 
     name: str
     probe: Callable[[str], str | None]
+    automatic: bool = True
 
 
 def _probe_native(device: str) -> str | None:
@@ -62,7 +64,8 @@ def _probe_reference(device: str) -> str | None:
 # Order of preference. "auto" takes the first that can run the call.
 BACKENDS: tuple[Backend, ...] = (
     Backend("native", _probe_native),
-    Backend("triton", _probe_triton),
+    # Its kernels have run in the interpreter and through the compiler, on no GPU yet (docs/gpu.md): on request only.
+    Backend("triton", _probe_triton, automatic=False),
     Backend("reference", _probe_reference),
 )
 
@@ -159,6 +162,8 @@ def call(op: str, backend: str, args: tuple[Any, ...]) -> Any:
         if name not in ("auto", candidate.name):
             continue
         reason = _reason(op, candidate, args)
+        if reason is None and name == "auto" and not candidate.automatic:
+            reason = "on request only"
         if reason is None:
             if skipped:
                 _log_fallback(op, _device(args), "; ".join(skipped), candidate.name)
@@ -179,6 +184,8 @@ def explain(op: str, args: tuple[Any, ...], backend: str = "auto") -> str:
         reason = _reason(op, candidate, args)
         if name not in ("auto", candidate.name):
             note = f"not asked for (backend={name!r})" if reason is None else reason
+        elif reason is None and name == "auto" and not candidate.automatic:
+            note = f"available on request (backend={candidate.name!r})"
         elif reason is None and chosen is None:
             chosen = candidate.name
             module = _module(op, candidate.name)

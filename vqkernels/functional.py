@@ -57,7 +57,7 @@ def nearest(
             strides (a feature map passed as ``z.movedim(1, -1)`` is read where it is).
         codebook: (K, D) or (H, K, D), any of the same dtypes, not necessarily the same one.
         metric: ``"l2"`` squared distance, ``"cosine"`` x.e / |e|, ``"dot"`` x.e.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; see :func:`vqkernels.use_backend`.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``; see :func:`vqkernels.use_backend`.
         precision: ``"exact"``, or ``"fast"`` to skip the certificate (a code within rounding of the best).
 
     Returns:
