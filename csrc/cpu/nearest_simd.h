@@ -22,6 +22,7 @@ VQK_INLINE void screen_tile(const uint32_t *rows, int64_t row_pitch, const uint3
 #pragma GCC unroll 4
     for (int v = 0; v < P::row_vectors; ++v) sum[c][v] = b;
   }
+#pragma GCC unroll 2
   for (int64_t s = 0; s < steps; ++s) {
     typename P::O x[P::row_vectors];
 #pragma GCC unroll 4
