@@ -20,7 +20,7 @@ constexpr int64_t kSplitDims = 9;
 
 // AVX2 screens in int16 between these numbers of dims. Below, the sums are too short to pay for turning them into scores; above,
 // the half unit that each dim loses adds up to more than what float32 sums lose. Either screen is correct at any size.
-constexpr int64_t kInt16LeastDims = 32, kInt16MostDims = 8192;
+constexpr int64_t kInt16LeastDims = 20, kInt16MostDims = 8192;
 
 // |computed t - t| <= row_residual * reach + row_length * spread + offset + row_offset, for every code of a group.
 struct GroupBound {
