@@ -1,4 +1,4 @@
-"""The AVX2 screen in int16: sums at the very edge of 32 bits, values that share a factor badly, and what it is certified by."""
+"""The AVX2 screen in int16: sums at the very edge of 32 bits, values that share a factor badly, and the certificate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _avx2(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dim", [19, 20, 21, 63, 1024, 4097, 8192, 8193])
 @pytest.mark.parametrize("metric", METRICS)
 def test_sums_at_the_edge_of_32_bits(metric: str, dim: int) -> None:
-    """Rows parallel to a code give |X| |E|, the most that a sum can be, of either sign; signs that alternate wrap midway."""
+    """Rows parallel to a code give |X| |E|, the most a sum can be, of either sign; alternating ones wrap midway."""
     signs = torch.ones(8, dim)
     signs[1], signs[2, ::2], signs[3, dim // 2 :], signs[4, ::3] = -1, -1, -1, -1
     signs[5:] = torch.randn(3, dim).sign()
