@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_device import DEVICE, place
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -100,7 +101,9 @@ def overload(op: str) -> Any:
 
 def able(op: str, backend: str, arguments: Arguments) -> str:
     """``backend``, or "reference" where it says that it cannot run this (native ``ema_update`` needs dense state)."""
-    reason = importlib.import_module(f"vqkernels.ops.{op}.{backend}").supports(*arguments)
+    reason = importlib.import_module(f"vqkernels.ops.{op}.{backend}").supports(
+        *map(place, arguments) if DEVICE != "cpu" else arguments
+    )
     if reason is None:
         return backend
     with pytest.raises(dispatch.Unsupported, match=re.escape(reason)):
