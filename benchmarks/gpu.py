@@ -141,9 +141,9 @@ def run_steps(steps: list[Step], options: argparse.Namespace, log: Any, total: f
         left = min(step.seconds, total - (time.monotonic() - begin))
         if step.name == "report":  # seconds, and without it the rest is hard to read
             left = step.seconds
-        command = step.command(options, left) if left > 3 else "no time left"
+        command = step.command(options, left) if left > 1 else "no time left"
         if isinstance(command, str):
-            status = "OUT OF TIME" if left <= 3 else "skipped"
+            status = "OUT OF TIME" if left <= 1 else "skipped"
             _say(log, f"\n=== {step.name}: {status}: {command}")
             outcomes.append(Outcome(step.name, status, 0.0, command))
             continue

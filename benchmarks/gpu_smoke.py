@@ -45,7 +45,8 @@ def run(device: torch.device, backend: str) -> int:
         pairs = zip(found, expected, strict=True) if isinstance(found, tuple | list) else [(found, expected)]
         for a, b in pairs:
             if exact:
-                assert a.cpu().equal(b), f"{op} on {backend}: {[getattr(x, 'shape', x) for x in args]}"
+                what = f"{op} on {backend}: {[getattr(x, 'shape', x) for x in args]}"
+                torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True, msg=what)
             else:
                 torch.testing.assert_close(a.cpu(), b, rtol=2e-5, atol=2e-5, msg=f"{op} on {backend}")
         compared += 1
