@@ -72,6 +72,8 @@ def run(device: torch.device, backend: str) -> int:
             for gradient in ("straight_through", "rotation", "none"):
                 same("quantize_grad", torch.randn_like(z), z, codes, indices, torch.tensor(0.3), gradient, z is not x,
                      exact=False)  # fmt: skip
+        for distance in (None, torch.rand(h, 1, n)):
+            same("quantize_output", x, codes, indices, distance, True, False, exact=False)
         counts = torch.randint(0, 9, (h, k)).float()
         same("ema_update", torch.rand(h, k) + 1, codes.clone(), codes.clone(), counts, codes.clone(), 0.9, 1e-5, False,
              exact=False)  # fmt: skip

@@ -25,7 +25,7 @@ __all__ = ["BACKENDS", "OPS", "Backend", "Unsupported", "call", "explain", "miss
 log = logging.getLogger("vqkernels")
 
 # Registration order; the one line to add for a new op (CONTRIBUTING.md, "Add an op").
-OPS = ("nearest", "lookup", "codebook_sum", "ema_update", "quantize_grad")
+OPS = ("nearest", "lookup", "codebook_sum", "ema_update", "quantize_grad", "quantize_output")
 
 
 class Unsupported(RuntimeError):

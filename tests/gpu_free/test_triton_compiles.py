@@ -26,6 +26,7 @@ from vqkernels.ops.ema_update import triton as ema_update
 from vqkernels.ops.lookup import triton as lookup
 from vqkernels.ops.nearest import triton as nearest
 from vqkernels.ops.quantize_grad import triton as quantize_grad
+from vqkernels.ops.quantize_output import triton as quantize_output
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vqkernels"
 TARGETS = {
@@ -79,6 +80,8 @@ def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
         lookup.run(codes, indices, channel_first, torch.float32)
         for gradient in ("straight_through", "rotation", "none"):
             quantize_grad.run(z, z, codes, indices, commitment, gradient, channel_first)
+        for distance in (None, torch.zeros(z.shape[:3])):
+            quantize_output.run(z, codes, indices, distance, True, channel_first)
         ema_update.run(counts, state, state, counts, state, 0.99, 1e-5, channel_first)
     codebook_sum.run(z, indices, codes.shape[1])
 
@@ -167,5 +170,17 @@ def test_kernel_is_deterministic_and_does_not_recompile_with_sizes(path: Path, n
     assert "autotune" not in source, "tuning at run time stalls training; ship a configuration"
     constants = {a.arg for a in node.args.args if a.annotation is not None and "constexpr" in ast.unparse(a.annotation)}
     blocks = {c for c in constants if c.startswith("BLOCK")}
-    options = {"METRIC", "SPLIT", "SPLITS", "RESIDENT", "CAPACITY", "CHUNK", "DOUBLE", "GRADIENT", "HALF", "NORMALIZE"}
+    options = {
+        "METRIC",
+        "SPLIT",
+        "SPLITS",
+        "RESIDENT",
+        "CAPACITY",
+        "CHUNK",
+        "DOUBLE",
+        "GRADIENT",
+        "HALF",
+        "MEASURED",
+        "NORMALIZE",
+    }
     assert constants - blocks <= options

@@ -84,6 +84,12 @@ CALLS: dict[str, dict[str, Callable[[str], Arguments]]] = {
         "plain": lambda lay: (*state(lay), 0.9, 1e-5, False),
         "normalize": lambda lay: (*state(lay), 0.9, 1e-5, True),
     },
+    "quantize_output": {
+        "measured": lambda lay: (rows(lay), codes(lay), indices(lay), torch.rand(H, B, S), True, False),
+        "compared": lambda lay: (rows(lay), codes(lay), indices(lay).clamp(min=0), None, False, True),
+        "bfloat16": lambda lay: (rows(lay, half), codes(lay), indices(lay), None, True, False),
+        "float64": lambda lay: (rows(lay, torch.float64), codes(lay), indices(lay), None, True, True),
+    },
     "quantize_grad": {
         "straight through": lambda lay: gradient(lay, "straight_through", False),
         "rotation": lambda lay: gradient(lay, "rotation", True),
