@@ -88,8 +88,12 @@ int32_t launch(const char *what, void (*kernel)(Parameters...), const Launch &ho
     if (status != cudaSuccess)
       return fail(VQK_UNSUPPORTED, "%s: %zu bytes of shared memory: %s", what, how.shared, cudaGetErrorString(status));
   }
-  kernel<<<how.grid, how.block, how.shared, static_cast<cudaStream_t>(how.stream)> > >(static_cast<Parameters>(arguments)...);
-  const cudaError_t status = cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = how.shared;
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return status == cudaSuccess ? int32_t{VQK_OK} : fail(VQK_INTERNAL, "%s: %s", what, cudaGetErrorString(status));
 }
 
