@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 ARGS ?=
+# Tests run in this many processes of one thread each: half the time of one process with as many threads.
+WORKERS ?= auto
 
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp)
 # What the compiled library and the installed metadata are made of; Python sources are read in place.
@@ -21,14 +24,14 @@ demo: $(VENV)/.demo  ## train a small VQ-VAE on photographs and draw its reconst
 	$(BIN)/vqkernels train $(ARGS)
 
 test: $(VENV)/.dev  ## the whole suite and the examples in docstrings (ARGS="-k nearest" selects)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: $(VENV)/.dev  ## what a change must pass: lint, types, formatting, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 format: $(VENV)/.dev  ## rewrite the sources in the style that `check` wants
 	$(BIN)/ruff check --fix .
@@ -62,7 +65,7 @@ ASAN_TESTS ?= tests/ops
 asan: $(VENV)/.dev  ## the op tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S csrc -B build/asan -G Ninja -DVQK_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(ASAN_CXX)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/asan
-	$(ASAN_ENV) $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" -k "not reference" $(ASAN_TESTS) $(ARGS)
+	$(ASAN_ENV) $(PYTEST) -p no:cacheprovider -m "not slow" -k "not reference" $(ASAN_TESTS) $(ARGS)
 
 clean:  ## remove environments, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
