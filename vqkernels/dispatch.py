@@ -36,13 +36,13 @@ class Unsupported(RuntimeError):
 class Backend:
     """One entry of the backend table.
 
-    ``automatic=False`` keeps it from being chosen unless it is asked for.
-    ``probe(device_type)`` returns the reason why the backend cannot run on that kind of device here, or ``None``.
+    ``probe(device_type)`` returns the reason why the backend cannot run on that kind of device here, or ``None``;
+    ``held_back(device)`` why it is not chosen there unless it is asked for, or ``None``.
     """
 
     name: str
     probe: Callable[[str], str | None]
-    automatic: bool = True
+    held_back: Callable[[torch.device], str | None] = lambda device: None
 
 
 def _probe_native(device: str) -> str | None:
@@ -57,6 +57,12 @@ def _probe_triton(device: str) -> str | None:
     return _triton.unavailable(device)
 
 
+def _triton_held_back(device: torch.device) -> str | None:
+    from vqkernels import _triton
+
+    return _triton.held_back(device)
+
+
 def _probe_reference(device: str) -> str | None:
     return None
 
@@ -64,8 +70,8 @@ def _probe_reference(device: str) -> str | None:
 # Order of preference. "auto" takes the first that can run the call.
 BACKENDS: tuple[Backend, ...] = (
     Backend("native", _probe_native),
-    # Its kernels have run in the interpreter and through the compiler, on no GPU yet (docs/gpu.md): on request only.
-    Backend("triton", _probe_triton, automatic=False),
+    # Automatic only on kinds of GPU where a green `make gpu` was recorded (vqkernels/tuned, docs/gpu.md).
+    Backend("triton", _probe_triton, _triton_held_back),
     Backend("reference", _probe_reference),
 )
 
@@ -141,7 +147,11 @@ def _reason(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
 
 
 def _device(args: tuple[Any, ...]) -> str:
-    return next(str(a.device.type) for a in args if isinstance(a, torch.Tensor))
+    return str(_place(args).type)
+
+
+def _place(args: tuple[Any, ...]) -> torch.device:
+    return next(a.device for a in args if isinstance(a, torch.Tensor))
 
 
 @functools.cache
@@ -162,8 +172,8 @@ def call(op: str, backend: str, args: tuple[Any, ...]) -> Any:
         if name not in ("auto", candidate.name):
             continue
         reason = _reason(op, candidate, args)
-        if reason is None and name == "auto" and not candidate.automatic:
-            reason = "on request only"
+        if reason is None and name == "auto":
+            reason = candidate.held_back(_place(args))
         if reason is None:
             if skipped:
                 _log_fallback(op, _device(args), "; ".join(skipped), candidate.name)
@@ -184,8 +194,8 @@ def explain(op: str, args: tuple[Any, ...], backend: str = "auto") -> str:
         reason = _reason(op, candidate, args)
         if name not in ("auto", candidate.name):
             note = f"not asked for (backend={name!r})" if reason is None else reason
-        elif reason is None and name == "auto" and not candidate.automatic:
-            note = f"available on request (backend={candidate.name!r})"
+        elif reason is None and name == "auto" and (held_back := candidate.held_back(_place(args))) is not None:
+            note = f"available on request (backend={candidate.name!r}): {held_back}"
         elif reason is None and chosen is None:
             chosen = candidate.name
             module = _module(op, candidate.name)

@@ -115,5 +115,5 @@ def write(folder: Path, device_name: str, chosen: dict[str, dict[str, int]], fac
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{tuned.slug(device_name)}.json"
     path.write_text(json.dumps({"device": device_name, "nearest": chosen, "measured": facts}, indent=2) + "\n")
-    tuned.load.cache_clear()
+    tuned.clear_cache()
     return path

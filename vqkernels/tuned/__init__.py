@@ -13,11 +13,22 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HEURISTIC", "Config", "folder", "load", "nearest_config", "override", "slug", "user_folder"]
+__all__ = [
+    "HEURISTIC",
+    "Config",
+    "clear_cache",
+    "folder",
+    "load",
+    "nearest_config",
+    "override",
+    "slug",
+    "user_folder",
+    "verified",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,10 @@ class Config:
     block_d: int
     num_warps: int
     num_stages: int
+
+    def with_rows(self, block_m: int) -> Config:
+        """The same with fewer rows per program."""
+        return replace(self, block_m=min(self.block_m, block_m))
 
     def to_dict(self) -> dict[str, int]:
         """For JSON."""
@@ -70,6 +85,21 @@ def user_folder() -> Path:
 
 
 @functools.cache
+def _content(device_name: str) -> tuple[Path, dict[str, Any]] | None:
+    for place in (user_folder(), folder()):
+        path = place / f"{slug(device_name)}.json"
+        if path.is_file():
+            content = json.loads(path.read_text())
+            _parse(path, content)
+            return path, content
+    return None
+
+
+def clear_cache() -> None:
+    """Read the files again."""
+    _content.cache_clear()
+
+
 def load(device_name: str) -> dict[int, Config]:
     """Measured configurations of a device by the largest padded dim that they serve; empty if there are none.
 
@@ -79,11 +109,18 @@ def load(device_name: str) -> dict[int, Config]:
     Raises:
         ValueError: a file is there and is not what ``vqkernels tune`` writes.
     """
-    for place in (user_folder(), folder()):
-        path = place / f"{slug(device_name)}.json"
-        if path.is_file():
-            return _parse(path, json.loads(path.read_text()))
-    return {}
+    found = _content(device_name)
+    return {} if found is None else _parse(*found)
+
+
+def verified(device_name: str) -> dict[str, str] | None:
+    """Commit, date and versions of the green `make gpu` on this kind of GPU, or ``None`` if none is on record.
+
+    With it, ``backend="auto"`` chooses the Triton kernels there.
+    """
+    found = _content(device_name)
+    record = None if found is None else found[1].get("verified")
+    return record if isinstance(record, dict) else None
 
 
 def _parse(path: Path, content: Any) -> dict[int, Config]:
