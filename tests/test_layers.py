@@ -35,7 +35,8 @@ LAYERS = (
     ("vqkernels.ops",),
     ("vqkernels.dispatch",),
     ("backend",),
-    ("vqkernels._native", "vqkernels._triton", "vqkernels.tuned"),
+    ("vqkernels._cuda", "vqkernels._triton"),
+    ("vqkernels._native", "vqkernels.tuned"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BACKENDS = {"reference", "native", "triton"}

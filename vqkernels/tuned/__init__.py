@@ -19,7 +19,9 @@ from typing import Any
 
 __all__ = [
     "HEURISTIC",
+    "Choice",
     "Config",
+    "choice",
     "clear_cache",
     "folder",
     "load",
@@ -121,6 +123,54 @@ def verified(device_name: str) -> dict[str, str] | None:
     found = _content(device_name)
     record = None if found is None else found[1].get("verified")
     return record if isinstance(record, dict) else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest backend for a call, and what it was measured against.
+
+    Attributes:
+        backend: its name.
+        milliseconds: of every backend that was measured, by name.
+        rule: the sizes that the measurement stands for.
+    """
+
+    backend: str
+    milliseconds: dict[str, float]
+    rule: str
+
+    @property
+    def why(self) -> str:
+        """For :func:`vqkernels.explain`."""
+        times = ", ".join(f"{name} {ms:g} ms" for name, ms in sorted(self.milliseconds.items(), key=lambda p: p[1]))
+        return f"measured for {self.rule or 'every size'}: {times}"
+
+
+def choice(device_name: str, op: str, rows: int, codes: int, dim: int) -> Choice | None:
+    """The measured table's choice for a call, or ``None`` if there is no table, or nothing in it about such sizes.
+
+    The file of a device may have ``"auto": {op: [rule, ...]}``; the first rule that fits counts. A rule has
+    ``"backend"``, ``"milliseconds": {backend: ms}``, and bounds ``"rows"``, ``"codes"`` and ``"dim"``, each
+    ``[least, most]`` and none of them obligatory.
+
+    Raises:
+        ValueError: the table is not what it should be.
+    """
+    found = _content(device_name)
+    if found is None:
+        return None
+    path, content = found
+    sizes = {"rows": rows, "codes": codes, "dim": dim}
+    try:
+        for rule in content.get("auto", {}).get(op, []):
+            bounds = {name: rule[name] for name in sizes if name in rule}
+            if all(least <= sizes[name] <= most for name, (least, most) in bounds.items()):
+                times = {str(name): float(ms) for name, ms in rule["milliseconds"].items()}
+                text = ", ".join(f"{least} to {most} {name}" for name, (least, most) in bounds.items())
+                return Choice(str(rule["backend"]), times, text)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f'{path}: the table "auto" for {op} is malformed ({e!r}); remove it') from e
+    return None
 
 
 def _parse(path: Path, content: Any) -> dict[int, Config]:
