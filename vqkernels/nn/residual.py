@@ -199,6 +199,7 @@ class ResidualVectorQuantizer(nn.Module):
             ValueError, TypeError: shapes, dtype or device do not fit.
         """
         limit = self._limit(num_levels)
+        arguments.check_float_tensor("z", z)
         inside = z if self.project_in is None else self.project_in(z)
         inside = inside if inside.dtype == torch.float64 else inside.float()
         self._layout.check(inside, self.level(0).codebook)
