@@ -224,6 +224,14 @@ def test_groups_bound_the_batch_entropy_from_above() -> None:
     assert LFQ(13).groups == 13
 
 
+@pytest.mark.parametrize("make", [lambda: LFQ(6), lambda: BSQ(6), lambda: LFQ(6, temperature=1e-4)])
+def test_gradients_of_certain_bits_are_finite(make: Any) -> None:
+    """At the usual temperatures most of the 2^D probabilities underflow to 0."""
+    z = (3 * torch.randn(40, 6)).requires_grad_()
+    make()(z).loss.backward()
+    assert torch.isfinite(z.grad).all()
+
+
 def test_mean_of_products_has_a_gradient() -> None:
     up = torch.rand(2, 5, 2, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(2, 5, dtype=torch.float64)

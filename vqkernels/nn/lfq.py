@@ -147,7 +147,8 @@ class LFQ(ElementwiseQuantizer):
         up = torch.unflatten(torch.sigmoid(logit).flatten(1, 2), -1, (self.groups, -1))
         weight = (valid / valid.sum((1, 2), keepdim=True).clamp(min=1.0)).flatten(1, 2)
         mean = mean_of_products(up, weight)
-        return sample, torch.special.entr(mean).sum((-1, -2)).mean()
+        # Not torch.special.entr: its gradient at a probability that underflowed to 0 is infinite.
+        return sample, -(mean * mean.clamp(min=1e-30).log()).sum((-1, -2)).mean()
 
     def _codes_of(self, indices: Tensor) -> Tensor:
         bits = indices.unsqueeze(-1) // self.powers % 2
