@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tests.quantizers import same_state, state
 from vqkernels import VectorQuantizer
-from vqkernels.nn import orthogonality
+from vqkernels.nn import IndexRemap, orthogonality
 from vqkernels.nn.estimators import estimate, rotate_back
 
 K, D = 16, 8
@@ -239,3 +239,23 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         VectorQuantizer(K, D, **options)
     assert message in str(error.value)
+
+
+def test_remapped_indices_are_those_of_taming() -> None:
+    used = torch.randperm(50)[:20]
+    indices = torch.randint(50, (30, 7))
+    # taming's remap_to_used, re-stated: positions by comparison with every code in use.
+    match = indices[..., None] == used
+    for unknown, other in (("extra", 20), (4, 4)):
+        remap = IndexRemap(used, 50, unknown=unknown)
+        got = remap(indices)
+        assert torch.equal(got, torch.where(match.any(-1), match.int().argmax(-1), other))
+        assert torch.equal(remap.inverse(got)[match.any(-1)], indices[match.any(-1)])
+        assert remap.size == 20 + (unknown == "extra")
+    drawn = IndexRemap(used, 50)(indices)
+    assert torch.equal(drawn[match.any(-1)], match.int().argmax(-1)[match.any(-1)])
+    assert drawn[~match.any(-1)].unique().numel() > 10
+    assert drawn.max() < 20
+    for bad, options in (([1, 1], {}), ([-1, 2], {}), ([1, 9], {"num_embeddings": 9}), ([1, 2], {"unknown": 2})):
+        with pytest.raises(ValueError):
+            IndexRemap(torch.tensor(bad), **options)

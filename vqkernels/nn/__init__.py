@@ -6,6 +6,7 @@ from vqkernels.nn.lfq import BSQ, LFQ, LFQOutput
 from vqkernels.nn.multi_scale import MultiScaleOutput, MultiScaleVectorQuantizer
 from vqkernels.nn.random_projection import RandomProjectionQuantizer
 from vqkernels.nn.regularizers import orthogonality
+from vqkernels.nn.remap import IndexRemap
 from vqkernels.nn.residual import ResidualVectorQuantizer, ResidualVQOutput
 from vqkernels.nn.sim_vq import SimVQ
 from vqkernels.nn.split import SplitResidualVectorQuantizer
@@ -16,6 +17,7 @@ __all__ = [
     "FSQ",
     "LFQ",
     "GroupedResidualVectorQuantizer",
+    "IndexRemap",
     "LFQOutput",
     "MultiScaleOutput",
     "MultiScaleVectorQuantizer",
