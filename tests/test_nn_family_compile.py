@@ -25,7 +25,6 @@ MODULES: dict[str, Any] = {
     "lfq": lambda: LFQ(D),
     "affine": lambda: VectorQuantizer(16, D, decay=0.9, affine=True, input_dim=D, init="normal"),
 }
-SLOW = {"residual", "residual shared", "residual dropout", "residual chained", "multi-scale"}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def run(module: nn.Module, call: Any, sizes: list[int], shape: tuple[int, ...]) 
     return found
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODULES])
+@pytest.mark.parametrize("name", MODULES)
 def test_one_graph_without_recompiles_over_n(name: str) -> None:
     torch.manual_seed(0)
     module = MODULES[name]()
@@ -58,8 +57,8 @@ def test_one_graph_without_recompiles_over_n(name: str) -> None:
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager", dynamic=True)
     got = run(twin, compiled, [3], shape)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        got += run(twin, compiled, [5, 4, 7], shape)
-    want = run(module, module, [3, 5, 4, 7], shape)
+        got += run(twin, compiled, [5, 4], shape)
+    want = run(module, module, [3, 5, 4], shape)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for a, b in zip(twin.state_dict().values(), module.state_dict().values(), strict=True):

@@ -294,6 +294,22 @@ def test_accumulating_is_one_update_on_the_joined_batch() -> None:
             close(a, b)
 
 
+@pytest.mark.parametrize("name", ["ema dead kmeans", "shared", "dropout sample"])
+def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            vq = rvq(name)
+            torch.manual_seed(5)
+            for _ in range(3):
+                out = vq(torch.randn(4, D, 500))
+            found.append(state(vq) | {"indices": out.indices, "quantized": out.quantized.detach()})
+    finally:
+        torch.set_num_threads(threads)
+    assert same_state(*found)
+
+
 def test_copies_and_pickles() -> None:
     vq = rvq("dropout batch")
     vq(torch.randn(3, D))
