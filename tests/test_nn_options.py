@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tests.quantizers import same_state, state
 from vqkernels import VectorQuantizer
-from vqkernels.nn import IndexRemap, orthogonality
+from vqkernels.nn import IndexRemap, assignment, assignment_entropies, orthogonality
 from vqkernels.nn.estimators import estimate, rotate_back
 
 K, D = 16, 8
@@ -184,6 +184,60 @@ def test_orthogonality_is_the_mean_squared_cosine(heads: int) -> None:
     vq = VectorQuantizer(K, D, heads=heads, orthogonal_weight=10.0, init="normal")
     out = vq(torch.randn(5, heads * D))
     close(out.loss - out.codebook_loss - 0.25 * out.commitment_loss, 10 * orthogonality(vq.codebook), atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
+def test_entropies_are_those_of_the_whole_matrix(metric: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assignment, "BLOCK_ELEMENTS", 7 * 33)  # several blocks, the last one short
+    x = torch.randn(heads, 40, 5, dtype=torch.float64, requires_grad=True)
+    codes = torch.randn(heads, 33, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(heads, 40) > 0.2
+    dot = x @ (F.normalize(codes, dim=-1) if metric == "cosine" else codes).transpose(1, 2)
+    score = -torch.cdist(x, codes).square() if metric == "l2" else dot
+    p = (score / 0.7).softmax(-1)
+    sample = torch.stack([torch.special.entr(p[h][mask[h]]).sum(-1).mean() for h in range(heads)]).mean()
+    batch = torch.stack([torch.special.entr(p[h][mask[h]].mean(0)).sum() for h in range(heads)]).mean()
+    got = assignment_entropies(x, codes, metric=metric, temperature=0.7, mask=mask)
+    close(got[0], sample, rtol=1e-10)
+    close(got[1], batch, rtol=1e-10)
+    grads = torch.autograd.grad(got[0] - 0.4 * got[1], (x, codes))
+    for a, b in zip(grads, torch.autograd.grad(sample - 0.4 * batch, (x, codes)), strict=True):
+        close(a, b, rtol=1e-8, atol=1e-12)
+
+    def function(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return assignment_entropies(x, codes, metric=metric, temperature=0.7)
+
+    small = x[:, :6].detach().requires_grad_(), codes[:, :9].detach().requires_grad_()
+    assert torch.autograd.gradcheck(function, small)
+
+
+def test_entropy_loss_is_that_of_llamagen() -> None:
+    """Re-stated: affinity is minus the squared distance of unit vectors over 0.01, twice the cosine plus a constant."""
+    vq = VectorQuantizer(
+        K, D, metric="cosine", sample_entropy_weight=0.3, batch_entropy_weight=0.3, entropy_temperature=0.005,
+        init="normal", channel_dim=-1,
+    )  # fmt: skip
+    z = torch.randn(50, D, requires_grad=True)
+    out = vq(z)
+    rows, codes = F.normalize(z, dim=-1), F.normalize(vq.codebook, dim=-1)
+    affinity = -(2 - 2 * rows @ codes.T) / 0.01
+    p, log_p = affinity.softmax(-1), (affinity + 1e-5).log_softmax(-1)
+    average = p.mean(0)
+    entropy = -(p * log_p).sum(-1).mean() + (average * (average + 1e-5).log()).sum()
+    terms = out.loss - out.codebook_loss - 0.25 * out.commitment_loss
+    close(terms, 0.3 * entropy, rtol=1e-3, atol=1e-4)
+    (got,) = torch.autograd.grad(terms, z, retain_graph=True)
+    (want,) = torch.autograd.grad(0.3 * entropy, z)
+    close(got, want, rtol=1e-2, atol=1e-4)
+    assert vq.eval()(z).loss < out.loss + 10
+    cold = VectorQuantizer(K, D, batch_entropy_weight=1.0, entropy_temperature=1e-4, init="normal")
+    bad = torch.randn(20, D)
+    bad[3] = float("inf")
+    loss = cold(bad).loss
+    loss.backward()
+    assert torch.isfinite(cold.codebook.grad[cold(bad[:3]).indices]).all()
+    assert vq(torch.randn(0, D)).loss == 0
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])

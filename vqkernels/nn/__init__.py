@@ -1,5 +1,6 @@
 """Modules that own a codebook: options, buffers, statistics and their synchronisation; no kernels."""
 
+from vqkernels.nn.assignment import assignment_entropies
 from vqkernels.nn.fsq import FSQ
 from vqkernels.nn.grouped import GroupedResidualVectorQuantizer, ProductQuantizer
 from vqkernels.nn.lfq import BSQ, LFQ, LFQOutput
@@ -28,5 +29,6 @@ __all__ = [
     "SimVQ",
     "SplitResidualVectorQuantizer",
     "VectorQuantizer",
+    "assignment_entropies",
     "orthogonality",
 ]

@@ -13,6 +13,7 @@ from vqkernels import _arguments as arguments
 from vqkernels.functional import VQOutput, lookup_rows, quantize_rows
 from vqkernels.nn._layout import Layout
 from vqkernels.nn.affine import AffineCodes
+from vqkernels.nn.assignment import soft_usage
 from vqkernels.nn.codebook_init import INITS, random_codes_
 from vqkernels.nn.learning import LearnedCodebook, in_backward
 from vqkernels.nn.projections import project_pair
@@ -20,6 +21,8 @@ from vqkernels.nn.regularizers import orthogonality
 from vqkernels.nn.sampling import sample_codes
 
 __all__ = ["VectorQuantizer"]
+
+_WEIGHTS = ("orthogonal_weight", "sample_entropy_weight", "batch_entropy_weight", "sample_temperature")
 
 
 class VectorQuantizer(LearnedCodebook):
@@ -58,6 +61,10 @@ class VectorQuantizer(LearnedCodebook):
             commitment_loss``, as taming-transformers and diffusers do unless told otherwise.
         affine: reparametrise the codes by the mean and spread of the batch (:mod:`vqkernels.nn.affine`).
         orthogonal_weight: of :func:`vqkernels.nn.orthogonality` of the codebook in ``loss``; gradient codebooks only.
+        sample_entropy_weight, batch_entropy_weight: of the two :func:`vqkernels.nn.assignment_entropies` in ``loss``
+            while training: the first is added (rows that are sure of their code), the second subtracted (all codes in
+            use). LlamaGen's ``entropy_loss_ratio`` is both alike, with ``entropy_temperature=0.005``. Eager only.
+        entropy_temperature: of the softmax in them.
         sample_temperature: in training draw codes with probability softmax(score / temperature) instead of taking the
             nearest, where the score is minus the squared distance or the similarity; 0 for the nearest. Eager only.
         device: of the parameters and buffers.
@@ -107,6 +114,9 @@ class VectorQuantizer(LearnedCodebook):
         legacy: bool = False,
         affine: bool = False,
         orthogonal_weight: float = 0.0,
+        sample_entropy_weight: float = 0.0,
+        batch_entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
         sample_temperature: float = 0.0,
         device: torch.device | str | None = None,
     ) -> None:
@@ -116,8 +126,13 @@ class VectorQuantizer(LearnedCodebook):
         arguments.check_count("heads", heads)
         arguments.check_number("commitment_cost", commitment_cost)
         arguments.check_number("dead_code_ratio", dead_code_ratio, high=1.0)
-        for name, number in (("orthogonal_weight", orthogonal_weight), ("sample_temperature", sample_temperature)):
-            arguments.check_number(name, number)
+        self.orthogonal_weight, self.sample_temperature = orthogonal_weight, sample_temperature
+        self.sample_entropy_weight, self.batch_entropy_weight = sample_entropy_weight, batch_entropy_weight
+        self.entropy_temperature = entropy_temperature
+        for name in (*_WEIGHTS, "entropy_temperature"):
+            arguments.check_number(name, getattr(self, name))
+        if entropy_temperature == 0:
+            raise ValueError(f"entropy_temperature is {entropy_temperature!r}; expected a positive number")
         arguments.check_number("eps", eps)
         for name, value in (("decay", 0.5 if decay is None else decay), ("usage_decay", usage_decay)):
             arguments.check_number(name, value)
@@ -140,8 +155,7 @@ class VectorQuantizer(LearnedCodebook):
         self.normalize = metric == "cosine" if normalize is None else normalize
         self.init, self.kmeans_iters, self.seed, self.sync = init, kmeans_iters, seed, sync
         self.dead_code_ratio = dead_code_ratio
-        self.input_dim, self.legacy, self.orthogonal_weight = input_dim, legacy, orthogonal_weight
-        self.sample_temperature = sample_temperature
+        self.input_dim, self.legacy = input_dim, legacy
         self._make_state(device)
         self.project_in, self.project_out = project_pair(
             input_dim, heads * embedding_dim, bias=projection_bias, channel_dim=channel_dim, device=device
@@ -174,7 +188,7 @@ class VectorQuantizer(LearnedCodebook):
             "gradient": "straight_through",
             "init": "uniform",
         }
-        defaults |= {"input_dim": None, "legacy": False, "orthogonal_weight": 0.0, "sample_temperature": 0.0}
+        defaults |= {"input_dim": None, "legacy": False} | dict.fromkeys(_WEIGHTS, 0.0)
         defaults |= {"dead_code_ratio": 0.0, "channel_dim": 1, "normalize": self.metric == "cosine"}
         words.append(f"commitment_cost={self.commitment_cost}")
         words += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
@@ -242,6 +256,9 @@ class VectorQuantizer(LearnedCodebook):
                     masked=valid is not None,
                 )
         loss = self._loss(out.codebook_loss, out.commitment_loss)
+        if self.training and (self.sample_entropy_weight > 0 or self.batch_entropy_weight > 0):
+            sample, batch = soft_usage(rows, codes, self.metric, self.entropy_temperature, valid)
+            loss = loss + self.sample_entropy_weight * sample - self.batch_entropy_weight * batch
         indices = self._layout.indices(out.indices, inside.shape)
         quantized = self._layout.output(out.quantized.to(inside.dtype), inside.shape)
         quantized = self._outside(self._layout.settle(quantized, indices), z, mask)
