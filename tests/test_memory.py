@@ -88,6 +88,34 @@ for name, options in {
 """
 
 
+FAMILY = """
+from vqkernels import nn as vnn
+
+def step(vq, z):
+    out = vq(z)
+    (out.quantized.square().mean() + out.loss).backward()
+    return out
+
+def sizes(make, shape):
+    for n in (1, shape[0]):
+        z = torch.randn(n, *shape[1:], requires_grad=True)
+        z.grad = torch.zeros_like(z)
+        vq = make()
+        for parameter in vq.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        size = added(lambda: step(vq, z))
+    return size
+
+found["residual"] = sizes(lambda: vnn.ResidualVectorQuantizer(16384, 8, 2, decay=0.9), (4, 8, 4096))
+found["SimVQ"] = sizes(lambda: vnn.SimVQ(16384, 8), (4, 8, 4096))
+found["multi-scale"] = sizes(lambda: vnn.MultiScaleVectorQuantizer(16384, 8, [1, 64]), (4, 8, 64, 64))
+found["LFQ"] = sizes(lambda: vnn.LFQ(14, groups=1), (4, 14, 4096))
+found["orthogonality"] = sizes(lambda: vqkernels.VectorQuantizer(16384, 8, orthogonal_weight=1.0), (4, 8, 4096))
+found["entropies"] = sizes(lambda: vqkernels.VectorQuantizer(16384, 8, batch_entropy_weight=1.0), (4, 8, 256))
+found["sampling"] = sizes(lambda: vqkernels.VectorQuantizer(16384, 8, sample_temperature=1.0), (4, 8, 256))
+"""
+
+
 @functools.cache
 def measured(script: str) -> dict[str, float]:
     """MB by name. Freed memory goes back at once, so that it cannot hide a later allocation."""
@@ -127,3 +155,11 @@ def test_the_reference_adds_less_than_100_mb(name: str) -> None:
 @pytest.mark.parametrize("name", ["gradient", "EMA", "EMA, cosine", "rotation", "EMA, dead codes"])
 def test_a_training_step_of_65536_rows_and_16384_codes_adds_less_than_200_mb(name: str) -> None:
     assert measured(TRAIN)[name] < 200
+
+
+@pytest.mark.slow
+@needs_native
+@pytest.mark.parametrize("name", ["residual", "SimVQ", "multi-scale", "LFQ", "orthogonality", "entropies", "sampling"])
+def test_a_step_of_the_family_with_16384_codes_adds_less_than_160_mb(name: str) -> None:
+    """16384 rows: an N x K or K x K matrix in float32 would be 1 GB (64 MB for the 1024 rows of the last two)."""
+    assert measured(FAMILY)[name] < (60 if name in ("entropies", "sampling") else 160)
