@@ -4,7 +4,6 @@
 // choice, and so is when the copy engine works. When nobody can go on, the launch fails and says who waits for what.
 #include <cstdarg>
 #include <cstdio>
-#include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -69,7 +68,7 @@ struct Fibre {
   bool done = false;
   const void *key = nullptr;  // what it waits for, and as whom
   const char *what = nullptr;
-  std::deque<std::vector<std::function<void()>>> groups[queues];  // the last one is open
+  std::vector<std::vector<std::function<void()>>> groups[queues];  // the last one is open
 };
 
 struct Named {
@@ -232,6 +231,7 @@ class Block {
     block->arrived_on(nullptr);
     block->body_();
     for (int queue = 0; queue < queues; ++queue) {
+      if (block->fibre().groups[queue].empty()) continue;
       commit(queue);
       host::wait(queue, 0);
     }
@@ -409,7 +409,7 @@ void wait(int queue, int allowed) {
   // The open group is none yet.
   while (static_cast<int>(groups.size()) > allowed + 1) {
     for (auto &work : groups.front()) work();
-    groups.pop_front();
+    groups.erase(groups.begin());
   }
 }
 
