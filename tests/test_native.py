@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from vqkernels import _native, ops
+from vqkernels import _cuda, _native, ops
 
 HEADER = (Path(__file__).resolve().parents[1] / "csrc" / "capi.h").read_text()
 CODE = re.sub(r"//[^\n]*|/\*.*?\*/", "", HEADER, flags=re.S)
@@ -28,7 +28,11 @@ SCALARS: dict[str, Any] = {
     "double": c_double,
     "float": c_float,
 }
-STRUCTS: dict[str, type[ctypes.Structure]] = {"vqk_rows": _native.Rows, "vqk_codes": _native.Codes}
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "vqk_rows": _native.Rows,
+    "vqk_codes": _native.Codes,
+    "vqk_cuda_search_plan": _cuda.SearchPlan,
+}
 
 
 @pytest.fixture

