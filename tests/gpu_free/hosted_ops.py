@@ -5,6 +5,7 @@ Run by test_cuda_host.py, and by `make asan` with a library that ASan and UBSan 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,11 @@ LAYOUTS = ("rows", "channel_first", "sliced")
 SIZES = ((1, 1, 1, 1, 1), (2, 3, 7, 5, 9), (1, 2, 33, 130, 3), (3, 1, 40, 16, 300), (1, 70, 1, 47, 31))
 
 
-@pytest.fixture(autouse=True, params=SEEDS, ids=lambda seed: f"seed{seed}")
+@pytest.fixture(autouse=True)
 def _order(request: pytest.FixtureRequest) -> None:
+    """One order per test, so that all of them are met."""
     assert _cuda.hosted(), "VQKERNELS_CUDA_LIBRARY must name libvqk_cuda_host.so"
-    set_seed(request.param)
+    set_seed(SEEDS[zlib.crc32(request.node.name.encode()) % len(SEEDS)])
 
 
 @pytest.fixture
@@ -86,12 +88,23 @@ def test_codebook_sum_has_the_bits_of_the_cpu_and_the_reference(
     assert same(found, on_cpu(ops.codebook_sum, x, indices, codes.shape[1]))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
+# Around chunks of 256 rows, blocks of 2048 keys, and one to three passes of the sort.
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    ("n", "k", "d"), [(1, 1, 1), (255, 3, 2), (257, 2, 5), (2049, 300, 3), (2500, 1000, 1), (40, 66000, 2)]
+    ("n", "k", "d", "share"),
+    [
+        (1, 1, 1, 1.0),
+        (255, 3, 2, 0.0),
+        (256, 1, 2, 1.0),
+        (257, 2, 5, 0.9),
+        (2049, 300, 3, 0.9),
+        (2500, 1000, 1, 0.9),
+        (4100, 5, 2, 0.3),
+        (40, 66000, 2, 0.5),
+    ],
 )
-def test_codebook_sum_survives_a_code_that_owns_most_rows(n: int, k: int, d: int, share: float) -> None:
-    # Chunks, blocks of 2048 keys, one to three passes of the sort.
+def test_codebook_sum_survives_a_code_that_owns_most_rows(n: int, k: int, d: int, share: float, seed: int) -> None:
+    set_seed(seed)
     indices = torch.randint(-1, k, (1, 1, n))
     indices[:, :, : int(share * n)] = k - 1
     indices = indices[:, :, torch.randperm(n)]
