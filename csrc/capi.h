@@ -23,6 +23,8 @@ enum vqk_gradient { VQK_STRAIGHT_THROUGH = 0, VQK_ROTATION = 1, VQK_NONE = 2 };
 // In order of preference within one vendor; vqk_cpu_best_isa() knows the exceptions.
 enum vqk_isa { VQK_SCALAR = 0, VQK_AVX2 = 1, VQK_AVX512 = 2, VQK_AVX512BF16 = 3, VQK_AMX = 4 };
 
+enum vqk_screen { VQK_SCREEN_NONE = 0, VQK_SCREEN_SM80 = 1, VQK_SCREEN_SM90 = 2 };  // NONE: every pair in float64
+
 // Rows to quantize, (H, B, S, D) with any strides (in elements): a channel-first map is read in place.
 typedef struct vqk_rows {
   void *data;
@@ -40,6 +42,15 @@ typedef struct vqk_codes {
   int32_t dtype;
   int32_t reserved;
 } vqk_codes;
+
+// How a search on CUDA runs; vqkernels/_cuda_nearest.py decides. Any plan gives the same bits.
+typedef struct vqk_cuda_search_plan {
+  int32_t screen;           // vqk_screen
+  int32_t splits;           // of the codes, over blocks
+  int32_t multiprocessors;  // of the device
+  int32_t reserved;
+  int64_t chunk_rows;  // rows per head that are alive at a time
+} vqk_cuda_search_plan;
 
 // at::parallel_for's exported C form (torch_parallel_for): int32 (begin, end, grain, body, context), 0 on success.
 typedef void (*vqk_parallel_body)(int64_t begin, int64_t end, void *context);
@@ -98,5 +109,12 @@ VQK_API int32_t vqk_cuda_ema_update(float *cluster_size, float *embed_avg, float
 VQK_API int32_t vqk_cuda_quantize_grad(const vqk_rows *grad, const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
                                        const void *commitment, int32_t gradient, const vqk_rows *out, int32_t device,
                                        void *stream);
+
+// nearest on CUDA: indices, score as above; workspace of so many bytes (-1: an error).
+VQK_API int64_t vqk_cuda_nearest_workspace(const vqk_rows *x, const vqk_codes *codebook, int32_t metric,
+                                           const vqk_cuda_search_plan *plan);
+VQK_API int32_t vqk_cuda_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision,
+                                 const vqk_cuda_search_plan *plan, void *workspace, int64_t *indices, float *score,
+                                 int32_t device, void *stream);
 
 #endif

@@ -28,7 +28,11 @@ SCALARS: dict[str, Any] = {
     "double": c_double,
     "float": c_float,
 }
-STRUCTS: dict[str, type[ctypes.Structure]] = {"vqk_rows": _native.Rows, "vqk_codes": _native.Codes}
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "vqk_rows": _native.Rows,
+    "vqk_codes": _native.Codes,
+    "vqk_cuda_search_plan": _cuda.SearchPlan,
+}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import os
 from contextlib import AbstractContextManager
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,20 @@ from torch import Tensor
 
 from vqkernels import _native
 
-__all__ = ["check", "held_back", "hosted", "lib", "on_device", "path", "serves", "stream", "unavailable"]
+__all__ = ["SearchPlan", "check", "held_back", "hosted", "lib", "on_device", "path", "serves", "stream", "unavailable"]
+
+
+class SearchPlan(Structure):
+    """``vqk_cuda_search_plan`` of csrc/capi.h; ``vqkernels/_cuda_nearest.py`` fills it."""
+
+    _fields_ = [
+        ("screen", c_int32),
+        ("splits", c_int32),
+        ("multiprocessors", c_int32),
+        ("reserved", c_int32),
+        ("chunk_rows", c_int64),
+    ]
+
 
 _rows, _codes = POINTER(_native.Rows), POINTER(_native.Codes)
 _float, _int64 = POINTER(c_float), POINTER(c_int64)
@@ -45,6 +58,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "vqk_cuda_quantize_grad": (
         c_int32,
         [_rows, _rows, _codes, _int64, c_void_p, c_int32, _rows, c_int32, c_void_p],
+    ),
+    "vqk_cuda_nearest_workspace": (c_int64, [_rows, _codes, c_int32, POINTER(SearchPlan)]),
+    "vqk_cuda_nearest": (
+        c_int32,
+        [_rows, _codes, c_int32, c_int32, POINTER(SearchPlan), c_void_p, _int64, _float, c_int32, c_void_p],
     ),
 }
 

@@ -390,8 +390,11 @@ void engine(std::function<void()> work) { running->engine(std::move(work)); }
 void issue(int queue, std::function<void()> work) {
   auto &groups = running->fibre().groups[queue];
   if (groups.empty()) groups.emplace_back();
-  // At once, or as late as can be.
-  if (running->chance())
+  // At once, or as late as can be. Matrix products happen in their order: each may add to the one before.
+  bool free = true;
+  if (queue == 1)
+    for (const auto &group : groups) free &= group.empty();
+  if (free && running->chance())
     work();
   else
     groups.back().push_back(std::move(work));

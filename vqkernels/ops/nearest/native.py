@@ -1,8 +1,8 @@
-"""``nearest`` on the C++ kernels of csrc/cpu/nearest*.cpp, with a cache of packed codebooks.
+"""``nearest`` on the kernels of csrc/cpu/nearest*.cpp, with a cache of packed codebooks, and of csrc/cuda/nearest*.
 
 Called by ``dispatch``. Packing costs O(K*D); a packed codebook is kept and served again only if a 128-bit fingerprint
 of the *content*, read anew on every call, still matches: in-place updates, ``.data`` swaps and optimiser steps are
-seen because nothing but the values is trusted.
+seen because nothing but the values is trusted. Tensors on a GPU go to ``_cuda_nearest``, which packs on every call.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from vqkernels import _native
+from vqkernels import _cuda, _cuda_nearest, _native
 
 
 def supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
-    """Every shape and dtype that the public function lets through, on CPU."""
-    return "no CUDA kernels for nearest yet" if x.is_cuda else None
+    """Every shape and dtype that the public function lets through; on CUDA no float64."""
+    return _cuda_nearest.supports(x, codebook) if _cuda.serves(x) else None
 
 
 def describe(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
+    if _cuda.serves(x):
+        return _cuda_nearest.describe(x, codebook)
     return f"{_native.ISAS[_isa(codebook)]} kernels, {torch.get_num_threads()} threads"
 
 
@@ -71,6 +73,8 @@ def _packed(lib: ctypes.CDLL, key: tuple[object, ...], codes: _native.Codes, met
 
 def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:
     """Pack (or reuse) the codebook and search."""
+    if _cuda.serves(x):
+        return _cuda_nearest.run(x, codebook, metric, precision)
     lib = _native.lib()
     indices = torch.empty(x.shape[:-1], dtype=torch.int64)
     score = torch.empty(x.shape[:-1], dtype=torch.float32)

@@ -1,0 +1,186 @@
+"""``nearest`` of csrc/cuda on the host, every screen in several orders: the float64 oracle's bits on every row.
+
+Run by test_cuda_host.py, and by `make asan` with a library that ASan and UBSan watch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cuda_host import SEEDS, set_seed
+from torch import Tensor
+
+from vqkernels import _cuda, _cuda_nearest
+from vqkernels._cuda_nearest import DIRECT, SM80, SM90, Plan
+from vqkernels.ops.nearest import METRICS, nearest
+from vqkernels.testing import assert_nearest, oracle_nearest, tie_cases
+
+NAMES = ("direct", "sm80", "sm90")
+# Screens with orders of execution: a seed mixes all kinds of orders over the blocks, so two say nearly what four do.
+ORDERS = [(DIRECT, SEEDS[1])] + [(screen, seed) for seed in SEEDS[1::2] for screen in (SM80, SM90)]
+# N, K, D: each width and number of panels, one tile and several, one block of rows and several.
+SHAPES = ((1, 1, 1), (3, 7, 3), (65, 129, 8), (257, 100, 12), (70, 1000, 31), (65, 129, 63), (63, 257, 64),
+          (33, 300, 95), (130, 129, 100), (65, 140, 190), (140, 257, 256),
+          (33, 129, 380), (9, 260, 512), (5, 100, 600))  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _hosted() -> None:
+    assert _cuda.hosted(), "VQKERNELS_CUDA_LIBRARY must name libvqk_cuda_host.so"
+
+
+@pytest.fixture(params=ORDERS, ids=lambda order: f"{NAMES[order[0]]}-seed{order[1]}")
+def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    screen, seed = request.param
+    set_seed(seed)
+    force(monkeypatch, screen)
+    return int(screen)
+
+
+def force(
+    monkeypatch: pytest.MonkeyPatch, screen: int, splits: int = 1, chunk: int = 2**18, processors: int = 3
+) -> None:
+    """Search with this plan, where the screen takes the dims."""
+
+    def plan(heads: int, rows: int, codes: int, dim: int, device: Any) -> Plan:
+        return Plan(SM80 if screen == SM90 and dim > 512 else screen, splits, min(chunk, max(rows, 1)), 128)
+
+    monkeypatch.setattr(_cuda_nearest, "plan", plan)
+    monkeypatch.setattr(_cuda_nearest, "HOSTED", _cuda_nearest.Device((9, 0), processors))
+
+
+def search(x: Tensor, codes: Tensor, metric: str = "l2", precision: str = "exact") -> tuple[Tensor, Tensor]:
+    indices, score = nearest(x[None, None], codes[None], metric, precision, "native")
+    return indices[0, 0], score[0, 0]
+
+
+def check(x: Tensor, codes: Tensor, metric: str = "l2") -> None:
+    indices, score = search(x, codes, metric)
+    assert_nearest(indices, x, codes, metric, score)
+
+
+def data(n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Every fourth row lies on a code or halfway between two."""
+    x, codes = torch.randn(n, d), torch.randn(k, d)
+    first, second = torch.randint(k, (2, n))
+    x[1::4] = codes[first[1::4]]
+    x[3::8] = (codes[first[3::8]] + codes[second[3::8]]) / 2
+    return x.to(dtype), codes.to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_row_equals_the_oracle(shape: tuple[int, int, int], screen: int) -> None:
+    check(*data(*shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shape", [(40, 33, 2), (20, 150, 20)], ids=str)
+def test_metrics_and_dtypes(shape: tuple[int, int, int], metric: str, dtype: torch.dtype, screen: int) -> None:
+    check(*data(*shape, dtype), metric)
+
+
+@pytest.mark.parametrize("case", tie_cases(), ids=lambda case: case.name)
+def test_lowest_index_wins_on_exact_ties(case: Any, screen: int) -> None:
+    assert search(case.x, case.codebook, case.metric)[0].tolist() == case.indices.tolist()
+
+
+def test_mixed_dtypes_and_no_rows(screen: int) -> None:
+    x, codes = data(20, 50, 12)
+    check(x.half(), codes)
+    check(x, codes.bfloat16())
+    assert search(x[:0], codes)[0].shape == (0,)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_heads_batches_and_strides_are_read_in_place(metric: str, screen: int) -> None:
+    x = torch.randn(3, 5, 7, 2, 12).permute(3, 0, 2, 4, 1)[..., 1:, :].transpose(3, 4)  # (2, 3, 7, 5, 11)
+    x = x.flatten(2, 3)[:, :, ::2]
+    codes = torch.randn(11, 2, 140).permute(1, 2, 0)
+    found, expected = (nearest(x, codes, metric, "exact", backend) for backend in ("native", "reference"))
+    assert found[0].equal(expected[0])
+    assert found[1].equal(expected[1])
+    plane, book = torch.randn(2, 70, 5, 9), torch.randn(1, 20, 70)  # a channel-first feature map
+    view = plane.flatten(2).transpose(1, 2)[None]
+    found = nearest(view, book, metric, "exact", "native")
+    assert found[0].equal(nearest(view.contiguous(), book, metric, "exact", "reference")[0])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan_and_infinity_follow_the_contract_and_stay_in_their_row(metric: str, screen: int) -> None:
+    x, codes = data(24, 40, 6)
+    x[2, 3], x[5, 0], x[6, 1], x[7] = float("nan"), float("inf"), float("-inf"), 0.0
+    codes[4, 2], codes[9, 1], codes[11], codes[39, 5] = float("nan"), float("inf"), 0.0, float("-inf")
+    check(x, codes, metric)
+    check(x, codes * float("nan"), metric)
+    check(x, codes.nan_to_num(0.0, 0.0, 0.0), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("rows", "scale"), [(1e30, 1.0), (1.0, 1e30), (3e38, 3e38), (1e-38, 1e-30), (1e-42, 1e-42)])
+def test_extreme_ranges(metric: str, rows: float, scale: float, screen: int) -> None:
+    x, codes = torch.rand(10, 5) * 2 - 1, torch.rand(20, 5) * 2 - 1
+    check(x * rows, codes * scale, metric)
+
+
+def test_classic_initialisation_outliers_and_offsets(screen: int) -> None:
+    x, codes = torch.randn(30, 20), (torch.rand(100, 20) * 2 - 1) / 100
+    check(x, codes)
+    check(x + 1000, torch.randn(100, 20) + 1000)
+    codes[17] *= 1e6
+    check(x, codes)
+
+
+@pytest.mark.parametrize("gap", [1, 8, 100])  # in one group of 8 codes, in two of one thread, in two threads
+def test_screen_alone_is_wrong_where_the_certificate_is_right(gap: int, screen: int) -> None:
+    # Two codes that float16 operands cannot tell apart: without a certificate the farther one wins in some cases.
+    wrong = screen == DIRECT
+    for seed in range(40):
+        torch.manual_seed(seed)
+        codes = torch.randn(200, 32) * 10
+        codes[40] = codes[40 + gap] + torch.randn(32) * 1e-3
+        x = codes[40 + gap].repeat(8, 1)
+        check(x, codes)
+        wrong |= search(x, codes, precision="fast")[0].tolist() != [40 + gap] * 8
+        if wrong and seed > 2:
+            break
+    assert wrong, "the planted case does not defeat the screen: it proves nothing"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_too_many_candidates_are_scanned(metric: str, screen: int) -> None:
+    codes = torch.randn(160, 12)
+    codes[10:50] = codes[5] + torch.randn(40, 12) * 1e-6
+    x = torch.cat([codes[5:15], torch.randn(6, 12)])
+    check(x, codes, metric)
+    check(x, codes[5:6].expand(60, 12), metric)
+
+
+@pytest.mark.parametrize(("splits", "chunk", "processors"), [(1, 100, 1), (3, 300, 2), (8, 256, 50), (5, 7, 3)])
+def test_chunks_of_rows_and_splits_of_codes_change_nothing(
+    splits: int, chunk: int, processors: int, screen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, screen, splits, chunk, processors)
+    for d in (9, 40) if screen != DIRECT else ():
+        check(*data(30 if chunk == 7 else 300, 1000, d))
+
+
+def test_slices_of_a_scan_are_merged(screen: int) -> None:
+    # More than 4096 codes: a scanned row is split over blocks.
+    x, codes = torch.randn(3, 2), torch.randn(9000, 2)
+    x[0, 0] = float("inf")
+    x[1] = 3e38
+    codes[[17, 8999]] = x[2].clone()
+    for metric in ("l2", "dot"):
+        check(x, codes, metric)
+
+
+def test_fast_returns_a_code_that_is_nearly_best(screen: int) -> None:
+    x, codes = data(60, 300, 40)
+    indices, score = search(x, codes, precision="fast")
+    best = oracle_nearest(x, codes)[1]
+    assert (score <= best * 1.01 + 1e-2).all()
+    chosen = (x.double() - codes[indices].double()).square().sum(1).float()
+    torch.testing.assert_close(score, chosen)

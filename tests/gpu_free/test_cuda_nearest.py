@@ -1,0 +1,143 @@
+"""The search kernels as nvcc compiled them (tensor cores, registers, instructions per pair), and their plans.
+
+What runs is tested in hosted_nearest.py; here stands what only a compiler knows. Speed is counted, not measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+
+import pytest
+from cuda_host import cuobjdump, installed, kernels
+
+from vqkernels._cuda_nearest import CHUNK_ROWS, DIRECT, DIRECT_ROWS, SCRATCH_ELEMENTS, SM80, SM90, Device, plan
+
+H100, A100, B200 = Device((9, 0), 132), Device((8, 0), 108), Device((10, 0), 148)
+SCREENS90 = ((16, 1, 2), (32, 1, 2), (64, 1, 2), (32, 3, 2), (64, 2, 2), (64, 3, 2), (64, 4, 2), (64, 6, 1), (64, 8, 1))
+SCREENS80 = ((16, 1), (32, 1), (64, 1), (32, 3), (64, 2), (64, 3), (64, 4), (64, 0))
+
+
+@functools.cache
+def code(arch: str) -> dict[str, list[tuple[int, str]]]:
+    """Address and text of every instruction of every search kernel."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    name = None
+    for line in cuobjdump("-sass", "-arch", arch, str(installed())).splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            name = match[1] if "7nearest" in match[1] else None
+        elif name and (match := re.match(r"\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", line)):
+            found.setdefault(name, []).append((int(match[1], 16), match[2]))
+    return found
+
+
+def operation(text: str) -> str:
+    match = re.match(r"(?:@!?U?P\w+ )?([A-Z0-9_]+)", text)
+    assert match, text
+    return match[1]
+
+
+def hot_loop(instructions: list[tuple[int, str]], product: str) -> list[str]:
+    """The smallest loop with matrix products and maxima: the screen's steady state."""
+    loops = []
+    for at, text in instructions:
+        if "BRA" in text and (match := re.search(r"0x([0-9a-f]+)", text)) and int(match[1], 16) <= at:
+            body = [operation(t) for a, t in instructions if int(match[1], 16) <= a <= at]
+            if product in body and "FMNMX" in body:
+                loops.append(body)
+    return min(loops, key=len)
+
+
+@pytest.mark.slow
+def test_every_screen_is_there_and_uses_the_tensor_cores() -> None:
+    for width, panels, halves in SCREENS90:
+        (name,) = (n for n in code("sm_90a") if f"screen90ILi{width}ELi{panels}ELi{halves}E" in n)
+        used = Counter(operation(text) for _, text in code("sm_90a")[name])
+        assert used["HGMMA"], name
+        assert used["UBLKCP"], f"{name} has no bulk copies"
+        assert not used["HMMA"], name
+    for width, resident in SCREENS80:
+        for arch in ("sm_80", "sm_90a"):
+            (name,) = (n for n in code(arch) if f"screen80ILi{width}ELi{resident}E" in n)
+            used = Counter(operation(text) for _, text in code(arch)[name])
+            assert used["HMMA"], name
+            assert used["LDGSTS"], f"{name} has no asynchronous copies"
+            assert used["LDSM"], name
+
+
+@pytest.mark.slow
+def test_nothing_spills_where_rows_and_codes_stream_by() -> None:
+    found = [k for k in kernels() if "7nearest" in k.name]
+    assert found
+    for kernel in found:
+        # 8 bytes: two registers of the longest rows' kernel, saved once per block of rows.
+        allowed = 8 if "screen90ILi64ELi8E" in kernel.name else 0
+        assert kernel.stack <= allowed, kernel
+        assert kernel.registers <= (168 if "screen90" in kernel.name else 255), kernel
+    for arch in ("sm_80", "sm_90a"):
+        for name, instructions in code(arch).items():
+            if "screen" in name:
+                loop = hot_loop(instructions, "HGMMA" if "screen90" in name else "HMMA")
+                assert not {"STL", "LDL"} & set(loop), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [16, 32])
+def test_small_dims_cost_what_was_counted(width: int) -> None:
+    # Two phases of 64 rows x 128 codes: 128 pairs per thread. One maximum and one addition each, and the bookkeeping.
+    (name,) = (n for n in code("sm_90a") if f"screen90ILi{width}ELi1ELi2E" in n)
+    loop = Counter(hot_loop(code("sm_90a")[name], "HGMMA"))
+    assert loop["FMNMX"] <= 1.2 * 128
+    assert loop["FFMA"] <= 1.15 * 128
+    assert sum(loop.values()) <= 3.7 * 128
+
+
+@pytest.mark.slow
+def test_products_run_while_the_sums_of_others_are_searched() -> None:
+    # ptxas serialises products that it cannot tell from uses of their sums: then it waits for all after each one.
+    (name,) = (n for n in code("sm_90a") if "screen90ILi64ELi4ELi2E" in n)
+    waits = [text for _, text in code("sm_90a")[name] if "WARPGROUP.DEPBAR" in text]
+    assert any("gsb0, 0x2" in text for text in waits), waits
+    products = sum(operation(text) == "HGMMA" for _, text in code("sm_90a")[name])
+    assert len(waits) < products, "a wait per product: they were serialised"
+
+
+@pytest.mark.slow
+def test_decisions_are_not_fused() -> None:
+    for arch in ("sm_80", "sm_90a"):
+        for stem in ("decide", "scan_rows"):
+            (name,) = (n for n in code(arch) if stem in n)
+            used = Counter(operation(text) for _, text in code(arch)[name])
+            assert used["DADD"], name
+            assert used["DMUL"], name
+
+
+@pytest.mark.parametrize("device", [H100, A100, B200], ids=["H100", "A100", "B200"])
+def test_plans_are_valid_and_bound_memory(device: Device) -> None:
+    for heads in (1, 2, 8, 300):
+        for rows in (1, 63, 257, 65536, 10**6, 2**33):
+            for codes in (1, 100, 16384, 2**20):
+                for dim in (1, 8, 256, 512, 513, 4096):
+                    chosen = plan(heads, rows, codes, dim, device)
+                    if chosen.screen == DIRECT:
+                        assert heads * rows <= DIRECT_ROWS
+                        continue
+                    assert 1 <= chosen.splits <= max(1, -(-codes // 128))
+                    assert chosen.chunk_rows <= rows
+                    assert chosen.chunk_rows == rows or chosen.chunk_rows % 256 == 0
+                    assert heads * chosen.chunk_rows <= max(CHUNK_ROWS, 256 * heads)
+                    assert heads * chosen.chunk_rows * dim <= max(SCRATCH_ELEMENTS, 256 * heads * dim)
+
+
+def test_plans_follow_the_machine() -> None:
+    assert plan(1, 65536, 16384, 256, H100)[:2] == (SM90, 1)
+    assert plan(1, 65536, 16384, 256, A100).screen == SM80
+    assert plan(1, 65536, 16384, 256, B200).screen == SM80  # wgmma is Hopper's alone
+    assert plan(1, 65536, 16384, 513, H100).screen == SM80
+    assert plan(1, 1, 2048, 256, H100).screen == DIRECT
+    # Few rows: codes are split until the machine is full.
+    few = plan(1, 512, 16384, 256, H100)
+    assert 2 * few.splits >= 100
+    # 188 blocks of rows on 132 multiprocessors would leave half of the second wave idle.
+    assert plan(1, 48000, 1024, 128, H100).splits > 1

@@ -1,0 +1,138 @@
+"""How a search on CUDA runs: which screen, over how many blocks, in chunks of how many rows; and the call itself.
+
+Called by ``ops/nearest/native.py`` for tensors on a GPU. Any plan gives the same bits: it is about speed and memory
+alone, from counted costs (docs/cuda_nearest.md), nothing measured yet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqkernels import _cuda, _native
+
+__all__ = ["Device", "Plan", "describe", "plan", "run", "supports"]
+
+SCREENS = ("float64, no screen", "mma.sync screen", "wgmma screen")
+DIRECT, SM80, SM90 = range(3)
+# Up to so many products of a row and a code, by dims, everything is decided in float64: one launch instead of nine.
+DIRECT_WORK = 2**24
+DIRECT_ROWS = 1024
+TILE_CODES = 128
+SPLIT_DIMS = 10
+MOST_SPLITS = 64
+# Elements of packed rows, and rows, that are alive at a time.
+SCRATCH_ELEMENTS = 2**26
+CHUNK_ROWS = 2**18
+# What a block does besides its tiles of codes, in tiles: rows in, results out.
+BLOCK_OVERHEAD = 2
+
+
+class Device(NamedTuple):
+    """What planning asks of a GPU."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+# What the tests' build, which runs the kernels on the host, pretends to be.
+HOSTED = Device((9, 0), 4)
+
+
+class Plan(NamedTuple):
+    """``vqk_cuda_search_plan`` of csrc/capi.h, and what :func:`describe` says."""
+
+    screen: int
+    splits: int
+    chunk_rows: int
+    block_rows: int
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def plan(heads: int, rows: int, codes: int, dim: int, device: Device) -> Plan:
+    """The plan for (H, N, D) rows and (H, K, D) codes.
+
+    Example:
+        >>> plan(1, 65536, 16384, 256, Device((9, 0), 132))
+        Plan(screen=2, splits=1, chunk_rows=65536, block_rows=256)
+        >>> plan(1, 8, 2048, 256, Device((9, 0), 132)).screen
+        0
+    """
+    if heads * rows <= DIRECT_ROWS and heads * rows * codes * dim <= DIRECT_WORK:
+        return Plan(DIRECT, 1, max(rows, 1), 1)
+    screen = SM90 if device.capability == (9, 0) and dim <= 512 else SM80
+    block_rows = 256 if screen == SM90 and dim <= 256 else 128
+    fit = max(256, min(SCRATCH_ELEMENTS // dim, CHUNK_ROWS) // heads // 256 * 256)
+    chunk = min(fit, rows)
+    blocks, tiles = _ceil_div(chunk, block_rows) * heads, _ceil_div(codes, TILE_CODES)
+
+    def cost(splits: int) -> int:
+        return _ceil_div(blocks * splits, device.multiprocessors) * (_ceil_div(tiles, splits) + BLOCK_OVERHEAD)
+
+    return Plan(screen, min(range(1, min(tiles, MOST_SPLITS) + 1), key=cost), chunk, block_rows)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def _plan(x: Tensor, codebook: Tensor) -> tuple[Plan, Device]:
+    device = _device(x.device.index) if x.is_cuda else HOSTED
+    return plan(x.shape[0], x.shape[1] * x.shape[2], codebook.shape[1], codebook.shape[2], device), device
+
+
+def supports(x: Tensor, codebook: Tensor) -> str | None:
+    """Why the CUDA kernels cannot search this, or ``None``."""
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"{name} is {tensor.dtype}, not one of float32, float16, bfloat16 (CUDA)"
+    if codebook.shape[1] >= 2**30 or x.shape[0] > 65535 or codebook.shape[2] > 2**20:
+        return f"{x.shape[0]} heads, {codebook.shape[1]} codes, {codebook.shape[2]} dims; ids on CUDA are 32-bit"
+    return _cuda.unsupported(x)
+
+
+def describe(x: Tensor, codebook: Tensor) -> str:
+    """What :func:`vqkernels.explain` adds to "chosen"."""
+    chosen, _ = _plan(x, codebook)
+    if chosen.screen == DIRECT:
+        return SCREENS[DIRECT]
+    splits = f", codes split {chosen.splits} times" if chosen.splits > 1 else ""
+    return f"{SCREENS[chosen.screen]}, tiles of {chosen.block_rows} rows x {TILE_CODES} codes{splits}"
+
+
+def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:
+    """Queue the search on torch's current stream; the host does not wait."""
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    score = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if indices.numel() == 0:
+        return indices, score
+    chosen, device = _plan(x, codebook)
+    how = _cuda.SearchPlan(chosen.screen, chosen.splits, device.multiprocessors, 0, chosen.chunk_rows)
+    rows, codes, library = _native.rows(x), _native.codes(codebook), _cuda.lib()
+    what = (ctypes.byref(rows), ctypes.byref(codes), _native.METRICS[metric])
+    size = library.vqk_cuda_nearest_workspace(*what, ctypes.byref(how))
+    if size < 0:
+        raise ValueError(f"vqkernels: {library.vqk_last_error().decode()}")
+    with _cuda.on_device(x):
+        space = _cuda.workspace(x, size)
+        _cuda.check(
+            library.vqk_cuda_nearest(
+                *what,
+                _native.PRECISIONS[precision],
+                ctypes.byref(how),
+                space.data_ptr(),
+                _native.int64_pointer(indices),
+                _native.float_pointer(score),
+                *_cuda.stream(x),
+            )
+        )
+    return indices, score
