@@ -4,13 +4,16 @@ Used by :mod:`vqkernels.training` and as an example to copy from; needs torch on
 """
 
 from vqkernels.models.averaging import average_of, averaged
+from vqkernels.models.compression import Int8Codebook
 from vqkernels.models.discriminator import (
     DiscriminatorConfig,
     MultiScaleDiscriminator,
     PatchGANDiscriminator,
     build_discriminator,
 )
+from vqkernels.models.loading import load_model
 from vqkernels.models.loss import LossTerms, VQGANLoss, VQGANLossConfig
+from vqkernels.models.packing import bits_per_token, pack_tokens, packed_size, unpack_tokens
 from vqkernels.models.perceptual import LPIPS, LaplacianPyramidLoss, find_lpips
 from vqkernels.models.presets import PRESETS, build_model, config_of
 from vqkernels.models.tokens import ModelOutput, StreamsOutput, TokenModel, TokenStream
@@ -28,6 +31,7 @@ __all__ = [
     "Decoder",
     "DiscriminatorConfig",
     "Encoder",
+    "Int8Codebook",
     "LaplacianPyramidLoss",
     "LossTerms",
     "ModelOutput",
@@ -45,8 +49,13 @@ __all__ = [
     "VQVAEOutput",
     "average_of",
     "averaged",
+    "bits_per_token",
     "build_discriminator",
     "build_model",
     "config_of",
     "find_lpips",
+    "load_model",
+    "pack_tokens",
+    "packed_size",
+    "unpack_tokens",
 ]

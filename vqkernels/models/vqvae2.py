@@ -235,6 +235,6 @@ class VQVAE2(TokenModel):
         top, bottom = indices
         if any(2 * a != b for a, b in zip(top.shape[1:3], bottom.shape[1:3], strict=True)):
             raise ValueError(f"the grids are {tuple(top.shape)} and {tuple(bottom.shape)}; expected twice the side")
-        return self._decode(
-            self.quantizer_top.codes_to_output(top), self.quantizer_bottom.codes_to_output(bottom)
-        ).clamp(0, 1)
+        dtype = self.upsample_top.weight.dtype
+        parts = (self.quantizer_top.codes_to_output(top), self.quantizer_bottom.codes_to_output(bottom))
+        return self._decode(*(part.to(dtype) for part in parts)).clamp(0, 1)
