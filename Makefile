@@ -44,15 +44,12 @@ bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables an
 
 # No network, and the machine's environment stays as it is: the build goes to build/gpu, which comes first on the path.
 # PYTHONSAFEPATH (Python 3.11) keeps the sources here, which have no library beside them, off it.
-GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu PYTHONSAFEPATH=1 VQKERNELS_TEST_DEVICE=cuda
+GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 
-gpu:  ## on a CUDA machine, without network: build with what is there, show what runs where, run the suite
+gpu:  ## on a CUDA machine, without network: build, prove, tune and measure in under ten minutes (ARGS="--help")
 	rm -rf build/gpu
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --target build/gpu .
-	$(GPU_ENV) $(PYTHON) -m vqkernels info
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-	  { echo "make gpu: torch sees no CUDA device here, so nothing was tested on one"; exit 1; }
-	$(GPU_ENV) $(PYTHON) -m pytest tests $(ARGS)
+	$(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # libasan must come first in the process; libstdc++ with it, or its __cxa_throw interceptor finds nothing to call.
 # The reference backend has no C++ to check. Leaks are Python's own business (interned objects, torch's registries), so only accesses are checked.

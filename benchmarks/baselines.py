@@ -159,8 +159,8 @@ def search_peers(names: list[str] | None, isas: list[str]) -> list[Contestant]:
 def _step(quantize: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], z: Tensor, optimizer: Any) -> Work:
     """Forward, backward with a gradient from the decoder, update."""
     z = z.clone().requires_grad_()
-    gradient = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
-    one = torch.ones(())
+    gradient = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z.device)
+    one = torch.ones((), device=z.device)
 
     def step() -> Tensor:
         z.grad = None
@@ -186,7 +186,7 @@ def _ours_training(learnable: bool) -> Callable[[Case, Tensor, Tensor], Work]:
             decay=None if learnable else DECAY,
             metric=case.metric,
             channel_dim=1 if case.channel_first else -1,
-        )
+        ).to(z.device)
         with torch.no_grad():
             vq.codebook.copy_(codebook.view_as(vq.codebook))
             if not learnable:
@@ -223,7 +223,7 @@ def _vqtorch_training(learnable: bool) -> Callable[[Case, Tensor, Tensor], Work]
             learnable_codebook=learnable,
             accept_image_fmap=case.channel_first and len(case.shape) == 3,
             channel_last=not (case.channel_first and len(case.shape) == 2),
-        )
+        ).to(z.device)
         with torch.no_grad():
             vq._codebook.embed.copy_(codebook[None])
             vq._codebook.embed_avg.copy_(codebook[None])

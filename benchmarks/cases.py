@@ -32,6 +32,7 @@ class Case:
         codebook: ``"data"`` draws codes like rows (what k-means init gives), ``"uniform"`` is U(-1/K, 1/K), the classic
             VQ-VAE init.
         source: the model and its configuration.
+        dtype: of latents and codes.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     channel_first: bool = False
     codebook: str = "data"
     source: str = ""
+    dtype: str = "float32"
 
     @property
     def rows(self) -> int:
@@ -68,8 +70,8 @@ class Case:
         """The latents as the model's encoder leaves them, and the codebook.
 
         Returns:
-            z: float32, contiguous, (B, D, *space) if ``channel_first``, else (N, D).
-            codebook: float32 (K, D).
+            z: ``dtype``, contiguous, (B, D, *space) if ``channel_first``, else (N, D).
+            codebook: ``dtype`` (K, D).
         """
         import torch
         from torch.nn import functional as F
@@ -83,7 +85,8 @@ class Case:
             codebook = torch.randn(self.codes, self.dim, generator=generator)
         if self.metric == "cosine":
             z, codebook = F.normalize(z, dim=channel), F.normalize(codebook, dim=1)
-        return z, codebook
+        dtype = getattr(torch, self.dtype)
+        return z.to(dtype), codebook.to(dtype)
 
     def rows_of(self, z: Tensor) -> Tensor:
         """``z`` with the channels last, a view: (*shape, D)."""

@@ -40,6 +40,18 @@ __attribute__((target("avx2,fma"))) double fma_avx2() {
   return 12.0 * kLoops * 2 * 8;
 }
 
+// Products and sums of int16 pairs, twice the products of an FMA: vpmaddwd, then vpaddd, which may take a third port.
+#undef STEP
+#define STEP(instruction, i) \
+  asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(a##i), "=&v"(product) : "v"(x), "v"(y))
+__attribute__((target("avx2"))) double dot_avx2int16() {
+  __m256i product;
+  CHAINS(__m256i, _mm256_setzero_si256(), "")
+  return 12.0 * kLoops * 4 * 8;
+}
+#undef STEP
+#define STEP(instruction, i) asm volatile(instruction " %2, %1, %0" : "+v"(a##i) : "v"(x), "v"(y))
+
 __attribute__((target("avx512f"))) double fma_avx512() {
   CHAINS(__m512, _mm512_setzero_ps(), "vfmadd231ps")
   return 12.0 * kLoops * 2 * 16;
@@ -137,6 +149,7 @@ int main(int argc, char **argv) {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     print("avx2", rate(threads, seconds, [](int) { return fma_avx2(); }));
+  if (__builtin_cpu_supports("avx2")) print("avx2int16", rate(threads, seconds, [](int) { return dot_avx2int16(); }));
   if (__builtin_cpu_supports("avx512f")) {
     print("avx512", rate(threads, seconds, [](int) { return fma_avx512(); }));
     print("max", rate(threads, seconds, [](int) { return max_avx512(); }));

@@ -1,4 +1,4 @@
-"""The machine's ceilings, measured: fp32 FMA, AVX512-BF16 dot, AMX tiles, running maximum, read bandwidth.
+"""The machine's ceilings, measured: fp32 FMA, int16 and AVX512-BF16 dot, AMX tiles, running maximum, read bandwidth.
 
 Compiles ``peak.cpp`` into a temporary folder; called by ``run``, which prints every speed as a fraction of these.
 """
@@ -19,6 +19,7 @@ __all__ = ["LABELS", "fraction", "measure", "merge"]
 
 LABELS = {
     "avx2": "fp32 FMA, AVX2",
+    "avx2int16": "int16 multiply and add, AVX2",
     "avx512": "fp32 FMA, AVX-512",
     "avx512bf16": "bf16 dot, AVX512-BF16",
     "amx": "bf16 tiles, AMX",

@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--docs", type=Path, default=ROOT, help="root of the Markdown files (default: this repository)")
     options = parser.parse_args(arguments)
-    folders = [p for p in RESULTS.glob("*") if any(p.glob("*.json"))] if RESULTS.exists() else []
+    folders = [p for p in RESULTS.glob("*") if any(p.glob("*.json")) and not (p / "gpu.json").exists()]
     folder = options.results or max(
         folders, key=lambda p: max(f.stat().st_mtime for f in p.glob("*.json")), default=None
     )
@@ -270,10 +270,12 @@ def main(arguments: list[str] | None = None) -> int:
             sections["memory-short"] = _memory_short(cases)
     if cases := results.get("scaling"):
         sections["scaling"] = _scaling(cases)
-    from benchmarks import charts
+    from benchmarks import charts, gpu_report
 
     images = charts.draw(results, options.docs / IMAGES.relative_to(ROOT))
-    for document in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md"):
+    if (gpu := gpu_report.newest()) is not None:
+        sections |= gpu_report.sections(gpu_report.load(gpu))
+    for document in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md", "docs/gpu.md"):
         path = options.docs / document
         for image in images:
             kind = image.stem.removeprefix("bench-")

@@ -20,6 +20,8 @@ __all__ = ["GateFailed", "measure_memory", "measure_scaling", "measure_search", 
 
 # Rows x codes x dims that the oracle may evaluate in float64 per case: a few seconds.
 ORACLE_WORK = 3e9
+# Dims at which the AVX2 kernels screen in int16 (kInt16LeastDims and kInt16MostDims of csrc/cpu/nearest.h).
+INT16_DIMS = range(20, 8193)
 
 
 class GateFailed(RuntimeError):
@@ -80,11 +82,12 @@ def _best_isa(case: Case) -> str:
     return _native.ISAS[_native.lib().vqk_cpu_nearest_isa(case.codes, case.dim)]
 
 
-def _isa_of(name: str, best: str) -> str:
+def _ceiling_of(name: str, best: str, dim: int) -> str:
     """Which ceiling a contestant is held against: that of the instructions that it runs on."""
-    if name == "vqkernels":
-        return best
-    return name.removeprefix("vqkernels-") if name.startswith("vqkernels-") else "avx512"
+    if not name.startswith("vqkernels"):
+        return "avx512"
+    isa = best if name == "vqkernels" else name.removeprefix("vqkernels-")
+    return "avx2int16" if isa == "avx2" and dim in INT16_DIMS else isa
 
 
 def measure_search(
@@ -127,8 +130,8 @@ def measure_search(
             "title": titles[key],
             "ms": series.summary(),
             "gflops": case.flops / median / 1e9,
-            "fraction_of_peak": peak.fraction(case.flops, median, _isa_of(key, best), peaks),
-            "peak": _isa_of(key, best),
+            "fraction_of_peak": peak.fraction(case.flops, median, _ceiling_of(key, best, case.dim), peaks),
+            "peak": _ceiling_of(key, best, case.dim),
             "wrong_rows_percent": 100 * wrong[key] / len(chosen),
         }
     return {
@@ -148,7 +151,7 @@ def measure_search(
             for key in timed
             if key.startswith("vqkernels-")
         },
-        "floors_ms": _floors(case, best, peaks),
+        "floors_ms": _floors(case, _ceiling_of("vqkernels", best, case.dim), peaks),
         "peaks": peaks,
         "skipped": skipped,
     }

@@ -1,5 +1,6 @@
-// The whole C ABI of libvqk_cpu: plain pointers, sizes and strides, no torch, no Python. Python allocates, C fills.
-// vqkernels/_native.py declares the same functions and structs for ctypes; tests/test_native.py compares the two.
+// The whole C ABI of libvqk_cpu and libvqk_cuda<major>: plain pointers, sizes and strides, no torch, no Python. Python allocates,
+// C fills. vqkernels/_native.py and _cuda.py declare the same functions and structs for ctypes; tests/test_native.py compares
+// them.
 #ifndef VQK_CAPI_H
 #define VQK_CAPI_H
 
@@ -12,7 +13,7 @@
 #endif
 
 // Raise on every change of a struct or a signature; the loader refuses a library of another number.
-#define VQK_ABI_VERSION 1
+#define VQK_ABI_VERSION 2
 
 enum vqk_status { VQK_OK = 0, VQK_INVALID = 1, VQK_NO_MEMORY = 2, VQK_UNSUPPORTED = 3, VQK_INTERNAL = 4 };
 enum vqk_dtype { VQK_F32 = 0, VQK_F64 = 1, VQK_F16 = 2, VQK_BF16 = 3 };
@@ -44,14 +45,16 @@ typedef struct vqk_codes {
 typedef void (*vqk_parallel_body)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*vqk_parallel_for)(int64_t begin, int64_t end, int64_t grain, vqk_parallel_body body, void *context);
 
-// Runtime: version, errors (per thread, valid until its next call), threads, instruction sets.
+// In both libraries: version, errors (per thread, valid until its next call), compiler.
 VQK_API int32_t vqk_abi_version(void);
 VQK_API const char *vqk_last_error(void);
+VQK_API const char *vqk_build_info(void);
+
+// Runtime of libvqk_cpu: threads, instruction sets.
 VQK_API void vqk_cpu_set_parallel_for(vqk_parallel_for parallel_for);
 VQK_API void vqk_cpu_set_num_threads(int32_t num_threads);  // what parallel_for would use: sizes the work items
 VQK_API int32_t vqk_cpu_has_isa(int32_t isa);               // built in, and this machine runs it
 VQK_API int32_t vqk_cpu_best_isa(void);
-VQK_API const char *vqk_build_info(void);
 
 // nearest: the fastest instruction set for these sizes; fingerprint the codebook (is the packed one valid?), pack it, search.
 VQK_API int32_t vqk_cpu_nearest_isa(int64_t num_codes, int64_t dim);
@@ -76,5 +79,24 @@ VQK_API int32_t vqk_cpu_ema_update(float *cluster_size, float *embed_avg, float 
 // quantize_grad: dz of the quantizer's output and of its commitment loss in one pass (see ops/quantize_grad).
 VQK_API int32_t vqk_cpu_quantize_grad(const vqk_rows *grad, const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
                                       double commitment, int32_t gradient, const vqk_rows *out);
+
+// libvqk_cuda<major>. Pointers are the device's, `device` is its ordinal and `stream` a cudaStream_t: work is queued, nothing
+// waits for it, and nothing is allocated, so that calls can be captured in a CUDA graph. Indices outside of [-1, K) count
+// as -1, for nobody could be told. Workspaces are 256-byte aligned and free again when the stream has passed the call.
+VQK_API int32_t vqk_cuda_host_executed(void);            // 1: the tests' build, which runs kernels on the host
+VQK_API int32_t vqk_cuda_device_status(int32_t device);  // VQK_OK, or why kernels cannot run there
+VQK_API int32_t vqk_cuda_lookup(const vqk_codes *codebook, const int64_t *indices, const vqk_rows *out, int32_t device,
+                                void *stream);
+VQK_API int64_t vqk_cuda_codebook_sum_workspace(const vqk_rows *x, int64_t num_codes);  // bytes
+VQK_API int32_t vqk_cuda_codebook_sum(const vqk_rows *x, const int64_t *indices, int64_t num_codes, void *sums, float *counts,
+                                      void *workspace, int32_t device, void *stream);
+VQK_API int64_t vqk_cuda_ema_update_workspace(int64_t heads, int64_t num_codes);  // bytes
+VQK_API int32_t vqk_cuda_ema_update(float *cluster_size, float *embed_avg, float *codebook, const float *counts,
+                                    const float *sums, int64_t heads, int64_t num_codes, int64_t dim, double decay, double eps,
+                                    int32_t normalize, void *workspace, int32_t device, void *stream);
+// commitment: one value on the device, float64 for float64 z, else float32.
+VQK_API int32_t vqk_cuda_quantize_grad(const vqk_rows *grad, const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
+                                       const void *commitment, int32_t gradient, const vqk_rows *out, int32_t device,
+                                       void *stream);
 
 #endif

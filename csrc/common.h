@@ -1,5 +1,4 @@
-// Shared by every translation unit: dtypes, 16-bit conversions, errors, threads. Device independent index arithmetic
-// goes here too once the CUDA kernels arrive.
+// Shared by every translation unit, CUDA's included: dtypes, 16-bit conversions, errors, threads.
 #ifndef VQK_COMMON_H
 #define VQK_COMMON_H
 
@@ -10,7 +9,11 @@
 #include "capi.h"
 
 // Internal linkage on purpose: files built for different instruction sets must never share an out-of-line copy.
+#if defined(__CUDACC__)
+#define VQK_INLINE static inline __host__ __device__ __attribute__((always_inline, unused))
+#else
 #define VQK_INLINE static inline __attribute__((always_inline, unused))
+#endif
 
 namespace vqk {
 

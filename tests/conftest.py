@@ -6,8 +6,10 @@ import os
 import sys
 from typing import Any
 
+import on_device
 import pytest
 import torch
+from on_device import DEVICE, KIND
 
 from vqkernels import _native, dispatch
 
@@ -17,8 +19,8 @@ if os.environ.get("VQKERNELS_REQUIRE_NATIVE") == "1" and (_reason := _native.una
 
 
 def available_backends() -> list[str]:
-    """Backends that can run on CPU here; `make check` requires the native one (VQKERNELS_REQUIRE_NATIVE=1)."""
-    return [b.name for b in dispatch.BACKENDS if b.probe("cpu") is None]
+    """Backends that can run on the tested device; `make check` requires the native one (VQKERNELS_REQUIRE_NATIVE=1)."""
+    return [b.name for b in dispatch.BACKENDS if b.probe(KIND) is None]
 
 
 @pytest.fixture(params=available_backends())
@@ -27,11 +29,20 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=_native.supported() if _native.unavailable() is None else [])
+@pytest.fixture(params=_native.supported() if DEVICE == "cpu" and _native.unavailable() is None else [])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every instruction set of the native library that this machine runs, forced one by one."""
     monkeypatch.setenv("VQKERNELS_ISA", str(request.param))
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_tested_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With VQKERNELS_TEST_DEVICE, every op that a test calls on CPU tensors runs on copies there."""
+    if DEVICE == "cpu" or "gpu" in request.keywords:
+        return
+    original = dispatch.call
+    monkeypatch.setattr(dispatch, "call", lambda op, backend, args: on_device.call(original, op, backend, args))
 
 
 @pytest.fixture(autouse=True)

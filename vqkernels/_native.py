@@ -19,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["ABI_VERSION", "ISAS", "Codes", "Rows", "codes", "isa", "lib", "rows", "unavailable"]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
@@ -148,9 +148,9 @@ def lib() -> ctypes.CDLL:
 
 
 def unavailable(device: str = "cpu") -> str | None:
-    """Why native kernels cannot run on this kind of device, or ``None``."""
+    """Why the CPU library cannot serve this kind of device, or ``None``; CUDA has a library of its own (``_cuda``)."""
     if device != "cpu":
-        return f"no native kernels for {device} yet"
+        return f"no native kernels for {device} devices"
     return _load()[1]
 
 

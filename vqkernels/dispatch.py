@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 
+from vqkernels import tuned
+
 __all__ = ["BACKENDS", "OPS", "Backend", "Unsupported", "call", "explain", "missing", "requested", "use_backend"]
 
 log = logging.getLogger("vqkernels")
 
 # Registration order; the one line to add for a new op (CONTRIBUTING.md, "Add an op").
-OPS = ("nearest", "lookup", "codebook_sum", "ema_update", "quantize_grad")
+OPS = ("nearest", "lookup", "codebook_sum", "ema_update", "quantize_grad", "quantize_output")
 
 
 class Unsupported(RuntimeError):
@@ -36,19 +38,25 @@ class Unsupported(RuntimeError):
 class Backend:
     """One entry of the backend table.
 
-    ``automatic=False`` keeps it from being chosen unless it is asked for.
-    ``probe(device_type)`` returns the reason why the backend cannot run on that kind of device here, or ``None``.
+    ``probe(device_type)`` returns the reason why the backend cannot run on that kind of device here, or ``None``;
+    ``held_back(device)`` why it is not chosen there unless it is asked for, or measured to be the fastest, or ``None``.
     """
 
     name: str
     probe: Callable[[str], str | None]
-    automatic: bool = True
+    held_back: Callable[[torch.device], str | None] = lambda device: None
 
 
 def _probe_native(device: str) -> str | None:
-    from vqkernels import _native
+    from vqkernels import _cuda, _native
 
-    return _native.unavailable(device)
+    return _cuda.unavailable() if device == "cuda" else _native.unavailable(device)
+
+
+def _native_held_back(device: torch.device) -> str | None:
+    from vqkernels import _cuda
+
+    return _cuda.held_back(device)
 
 
 def _probe_triton(device: str) -> str | None:
@@ -57,15 +65,22 @@ def _probe_triton(device: str) -> str | None:
     return _triton.unavailable(device)
 
 
+def _triton_held_back(device: torch.device) -> str | None:
+    from vqkernels import _triton
+
+    return _triton.held_back(device)
+
+
 def _probe_reference(device: str) -> str | None:
     return None
 
 
 # Order of preference. "auto" takes the first that can run the call.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("native", _probe_native),
-    # Its kernels have run in the interpreter and through the compiler, on no GPU yet (docs/gpu.md): on request only.
-    Backend("triton", _probe_triton, automatic=False),
+    # On GPUs only where a measured table says that it is the fastest (_measured).
+    Backend("native", _probe_native, _native_held_back),
+    # Automatic only on kinds of GPU where a green `make gpu` was recorded (vqkernels/tuned, docs/gpu.md).
+    Backend("triton", _probe_triton, _triton_held_back),
     Backend("reference", _probe_reference),
 )
 
@@ -141,7 +156,39 @@ def _reason(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
 
 
 def _device(args: tuple[Any, ...]) -> str:
-    return next(str(a.device.type) for a in args if isinstance(a, torch.Tensor))
+    return str(_place(args).type)
+
+
+def _place(args: tuple[Any, ...]) -> torch.device:
+    return next(a.device for a in args if isinstance(a, torch.Tensor))
+
+
+# Per op: the arguments that say how many rows, codes and dims a call has.
+_SIZES: dict[str, Callable[..., tuple[int, int, int]]] = {
+    "nearest": lambda x, codebook, *_: (x.shape[:-1].numel(), codebook.shape[1], codebook.shape[2]),
+    "lookup": lambda codebook, indices, *_: (indices.numel(), codebook.shape[1], codebook.shape[2]),
+    "codebook_sum": lambda x, indices, num_codes: (indices.numel(), num_codes, x.shape[3]),
+    "ema_update": lambda size, average, codebook, *_: (0, codebook.shape[1], codebook.shape[2]),
+    "quantize_grad": lambda grad, z, codebook, *_: (z.shape[:-1].numel(), codebook.shape[1], codebook.shape[2]),
+}
+
+
+def _measured(op: str, name: str, args: tuple[Any, ...]) -> tuned.Choice | None:
+    """What the measured table of this GPU says about a call of this size; only where the choice is free."""
+    if name != "auto" or op not in _SIZES or (device := _place(args)).type != "cuda":
+        return None
+    return tuned.choice(torch.cuda.get_device_name(device), op, *_SIZES[op](*args))
+
+
+def _candidates(choice: tuned.Choice | None) -> tuple[Backend, ...]:
+    """Backends in order of preference: what was measured to be the fastest comes first."""
+    return BACKENDS if choice is None else tuple(sorted(BACKENDS, key=lambda b: b.name != choice.backend))
+
+
+def _held_back(candidate: Backend, choice: tuned.Choice | None, args: tuple[Any, ...]) -> str | None:
+    if choice is not None and candidate.name == choice.backend:
+        return None
+    return candidate.held_back(_place(args))
 
 
 @functools.cache
@@ -158,12 +205,13 @@ def call(op: str, backend: str, args: tuple[Any, ...]) -> Any:
     """
     name = requested(backend)
     skipped: list[str] = []
-    for candidate in BACKENDS:
+    choice = _measured(op, name, args)
+    for candidate in _candidates(choice):
         if name not in ("auto", candidate.name):
             continue
         reason = _reason(op, candidate, args)
-        if reason is None and name == "auto" and not candidate.automatic:
-            reason = "on request only"
+        if reason is None and name == "auto":
+            reason = _held_back(candidate, choice, args)
         if reason is None:
             if skipped:
                 _log_fallback(op, _device(args), "; ".join(skipped), candidate.name)
@@ -180,17 +228,19 @@ def explain(op: str, args: tuple[Any, ...], backend: str = "auto") -> str:
     """One line per backend: whether it can run this call, and which one would."""
     name = requested(backend)
     lines, chosen = [], None
-    for candidate in BACKENDS:
+    choice = _measured(op, name, args)
+    for candidate in _candidates(choice):
         reason = _reason(op, candidate, args)
         if name not in ("auto", candidate.name):
             note = f"not asked for (backend={name!r})" if reason is None else reason
-        elif reason is None and name == "auto" and not candidate.automatic:
-            note = f"available on request (backend={candidate.name!r})"
+        elif reason is None and name == "auto" and (held_back := _held_back(candidate, choice, args)) is not None:
+            note = f"available on request (backend={candidate.name!r}): {held_back}"
         elif reason is None and chosen is None:
             chosen = candidate.name
             module = _module(op, candidate.name)
             detail = getattr(module, "describe", None)
             note = "chosen" + (f": {detail(*args)}" if detail else "")
+            note += f" ({choice.why})" if choice is not None and choice.backend == candidate.name else ""
         else:
             note = "available" if reason is None else reason
         lines.append(f"  {candidate.name:<10} {note}")

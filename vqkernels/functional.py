@@ -244,16 +244,14 @@ def quantize_rows(
     """
     rows, codes = search or (z, codebook)
     indices, score = ops.nearest(rows.detach(), codes.detach(), metric)
-    if mask is None:
-        elements = torch.full((), z.numel(), dtype=torch.float64, device=z.device)
-    else:
+    if mask is not None:
         indices = torch.where(mask, indices, -1)
         score = torch.where(mask, score, 0.0)
-        elements = mask.sum(dtype=torch.float64) * z.shape[-1]
-    weight = elements.clamp(min=1.0).reciprocal()
     # The search already measured |z - e|^2, rounded once from float64; only float64 callers want more digits.
     distance = score if metric == "l2" and search is None and z.dtype != torch.float64 else None
-    quantized, codebook_loss, commitment_loss = _apply(_Quantize, z, codebook, indices, distance, weight, gradient)
+    quantized, codebook_loss, commitment_loss = _apply(
+        _Quantize, z, codebook, indices, distance, mask is not None, gradient
+    )
     return Quantized(quantized, indices, score, codebook_loss, commitment_loss)
 
 
@@ -272,25 +270,20 @@ class _Quantize(torch.autograd.Function):
         codebook: Tensor,
         indices: Tensor,
         distance: Tensor | None,
-        weight: Tensor,
+        masked: bool,
         gradient: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         channel_first = arguments.is_channel_first(z)
-        quantized = _gather(codebook, indices, channel_first, z.dtype)
-        if distance is None:
-            # A half-precision output has lost digits of the codes: compare with the codes themselves.
-            wide = quantized.dtype == codebook.dtype or quantized.dtype == torch.float64
-            values = quantized if wide else _gather(codebook, indices, channel_first, codebook.dtype)
-            total = _squared_error(z, values, indices)
-        else:
-            total = distance.sum(dtype=torch.float64)
-        loss = (total * weight).to(z.dtype if z.dtype == torch.float64 else torch.float32)
+        quantized, codebook_loss, commitment_loss, weight = ops.quantize_output(
+            z, codebook, indices, distance, masked, channel_first
+        )
+        quantized = quantized.transpose(-1, -2) if channel_first else quantized
         # Five dims where Inductor sees it: ops/_register.py says why.
         ctx.save_for_backward(z.unsqueeze(0) if torch.compiler.is_compiling() else z, codebook, indices, weight)
         ctx.gradient, ctx.channel_first = gradient, channel_first
         if gradient == "none":
             ctx.mark_non_differentiable(quantized)
-        return quantized, loss, loss.clone()
+        return quantized, codebook_loss, commitment_loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_codebook: Tensor, grad_commitment: Tensor) -> tuple[Any, ...]:
@@ -355,28 +348,6 @@ def _gather(codebook: Tensor, indices: Tensor, channel_first: bool, dtype: torch
     return values.transpose(-1, -2) if channel_first else values
 
 
-# Elements that an eager pass over both operands may hold at a time.
-_CHUNK_ELEMENTS = 2**20
-
-
-def _squared_error(z: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """Sum of |z - e|^2 over the rows that have a code, float64, without an N x D temporary in eager mode."""
-    h, b, s, d = z.shape
-    if torch.compiler.is_compiling() or z.numel() <= _CHUNK_ELEMENTS:
-        return _chunk_error(z, values, indices)
-    step = max(1, _CHUNK_ELEMENTS // (h * b * d))
-    total = torch.zeros((), dtype=torch.float64, device=z.device)
-    for i in range(0, s, step):
-        total += _chunk_error(z[:, :, i : i + step], values[:, :, i : i + step], indices[:, :, i : i + step])
-    return total
-
-
-def _chunk_error(z: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    error = (z.to(dtype) - values.to(dtype)).square().sum(-1)
-    return torch.where(indices >= 0, error, 0.0).sum(dtype=torch.float64)
-
-
 def _positions(indices: Tensor, like: Tensor, heads: bool, num_heads: int | None) -> Tensor:
     """Checked indices as (H, B, S) int64."""
     arguments.check_indices(indices)
@@ -393,8 +364,9 @@ def explain(op: str, *args: Any, backend: str = "auto", **options: Any) -> str:
     """Which backend runs a call, and why not the others, one line each.
 
     Args:
-        op: ``"nearest"``, ``"lookup"``, ``"codebook_sum"``, ``"ema_update"`` or ``"quantize_grad"``.
-        *args: what you would pass to the public function of that name (the op itself for the last two).
+        op: ``"nearest"``, ``"lookup"``, ``"codebook_sum"``, ``"ema_update"``, ``"quantize_grad"`` or
+            ``"quantize_output"``.
+        *args: what you would pass to the public function of that name (the op itself for the last three).
         backend: as in :func:`nearest`.
         **options: keyword arguments of the function, such as ``metric``.
 

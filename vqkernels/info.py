@@ -14,9 +14,10 @@ from typing import Any
 import numpy
 import torch
 
-from vqkernels import _native, dispatch
+from vqkernels import _native, _triton, dispatch, ops, tuned
+from vqkernels._triton import selftest
 
-__all__ = ["Info", "info", "version"]
+__all__ = ["Info", "info", "self_test", "version"]
 
 DEVICES = ("cpu", "cuda")
 VARIABLES = ("VQKERNELS_BACKEND", "VQKERNELS_CACHE_MB", "VQKERNELS_ISA", "VQKERNELS_LIBRARY")
@@ -32,6 +33,8 @@ class Info:
         isa: ``used`` and ``available`` instruction sets, how the ``choice`` is made, or ``reason`` why there is none.
         threads: of torch's pool, which the native library borrows.
         cuda: name of the current device, or why there is none.
+        triton: version and ``reason`` why there is none; the record that lets "auto" choose it on this device
+            (``verified``), and what the self-test of the tensor cores found in this process (``self_test``).
         environment: the ``VQKERNELS_*`` variables that are set.
         backends: one entry per op, backend and device: ``reason`` is ``None`` where it runs.
     """
@@ -41,6 +44,7 @@ class Info:
     isa: dict[str, Any]
     threads: int
     cuda: dict[str, Any]
+    triton: dict[str, Any]
     environment: dict[str, str]
     backends: list[dict[str, Any]]
 
@@ -61,6 +65,7 @@ class Info:
             ("instruction set", instructions),
             ("threads", str(self.threads)),
             ("cuda", cuda["reason"] or cuda["device"]),
+            ("triton", _triton_line(self.triton)),
             *self.environment.items(),
         ]
         rows: list[tuple[str, ...]] = [("op", "backend", *DEVICES)]
@@ -76,6 +81,21 @@ class Info:
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _triton_line(triton: dict[str, Any]) -> str:
+    if triton["version"] is None:
+        return str(triton["reason"])
+    record, tests = triton["verified"], triton["self_test"]
+    known = f"verified {record.get('date')} at {record.get('commit')}" if record else "not verified on this device"
+    if failed := [t["configuration"] for t in tests if not t["holds"]]:
+        found = f"SELF-TEST FAILED, float64 scan instead of the screen: {'; '.join(failed)}"
+    elif tests:
+        share = max(t["share"] for t in tests)
+        found = f"self-test passed ({len(tests)} configurations, at most {share:.2f} of the bound)"
+    else:
+        found = "self-test not run in this process (--self-test)"
+    return f"{triton['version']}; {known}; {found}"
 
 
 def version() -> str:
@@ -121,6 +141,38 @@ def _cuda_info() -> dict[str, Any]:
     return {"device": f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})", "reason": None}
 
 
+def _triton_info() -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = _triton.unavailable(device)
+    try:
+        from importlib import metadata
+
+        found = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        found = None
+    tests = [
+        {"device": str(place), "configuration": str(probe), "holds": verdict.holds, "share": verdict.share}
+        for (place, probe), verdict in selftest.verdicts().items()
+    ]
+    verified = tuned.verified(torch.cuda.get_device_name()) if device == "cuda" else None
+    return {"version": found, "reason": reason, "verified": verified, "self_test": tests}
+
+
+def self_test() -> None:
+    """Search with every launch configuration, so that :func:`info` can say how this GPU's tensor cores add.
+
+    Raises:
+        ValueError: there are no Triton kernels for a device here.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (reason := _triton.unavailable(device)) is not None:
+        raise ValueError(f"no self-test: {reason}")
+    for dim in (4, 8, 64, 128, 256):  # one for each entry of tuned.HEURISTIC
+        for rows in (3, 40, 200):  # and for each number of rows in a tile
+            ops.nearest(torch.zeros(1, 1, rows, dim, device=device), torch.zeros(1, 2, dim, device=device), "l2",
+                        "exact", "triton")  # fmt: skip
+
+
 def info() -> Info:
     """Describe this installation: versions, native library, instruction sets, and what every op can run on.
 
@@ -130,7 +182,7 @@ def info() -> Info:
     Example:
         >>> from vqkernels.info import info
         >>> [e["reason"] for e in info().backends if e["backend"] == "reference" and e["device"] == "cpu"]
-        [None, None, None, None, None]
+        [None, None, None, None, None, None]
     """
     cuda = _cuda_info()
     unusable = {"cpu": None, "cuda": cuda["reason"]}
@@ -157,6 +209,7 @@ def info() -> Info:
         isa=_isa_info(),
         threads=torch.get_num_threads(),
         cuda=cuda,
+        triton=_triton_info(),
         environment={name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
         backends=backends,
     )

@@ -7,11 +7,11 @@
 namespace vqk {
 namespace {
 
-const Kernels *kernels_for(int32_t isa) {
+const Kernels *kernels_for(int32_t isa, int64_t dim) {
   if (!vqk_cpu_has_isa(isa)) return nullptr;
   switch (isa) {
 #if defined(VQK_HAVE_AVX2)
-    case VQK_AVX2: return &kernels_avx2;
+    case VQK_AVX2: return dim >= kInt16LeastDims && dim <= kInt16MostDims ? &kernels_avx2_int16 : &kernels_avx2;
 #endif
 #if defined(VQK_HAVE_AVX512)
     case VQK_AVX512: return &kernels_avx512;
@@ -50,6 +50,7 @@ PackedHead plan(const vqk_codes *codebook, const Kernels *kernels) {
   };
   head.centre = take(head.steps * dims * 4);
   head.bias = take(head.blocks * kCodes * 4);
+  head.factors = take(head.blocks * kCodes * 4);
   head.bounds = take(head.groups * static_cast<int64_t>(sizeof(GroupBound)));
   head.norms = take(head.blocks * kCodes * 8);
   head.codes = take(head.blocks * kCodes * head.steps * 4);
@@ -176,6 +177,7 @@ int64_t block_bytes(const vqk_rows *x, const PackedHead *head, const Kernels *ke
   scratch.row_length = reinterpret_cast<float *>(take(rows * 4));
   scratch.row_residual = reinterpret_cast<float *>(take(rows * 4));
   scratch.row_offset = reinterpret_cast<float *>(take(rows * 4));
+  scratch.row_factor = reinterpret_cast<float *>(take(rows * 4));
   scratch.row_scan = reinterpret_cast<uint8_t *>(take(rows));
   const bool in_place = (x->dtype == VQK_F32 || x->dtype == VQK_F64) && (x->stride[3] == 1 || d == 1);
   scratch.row_copy = take(in_place ? 0 : rows * d * (x->dtype == VQK_F64 ? 8 : 4));
@@ -190,6 +192,7 @@ int64_t block_bytes(const vqk_rows *x, const PackedHead *head, const Kernels *ke
     block->row_length = scratch.row_length;
     block->row_residual = scratch.row_residual;
     block->row_offset = scratch.row_offset;
+    block->row_factor = scratch.row_factor;
     block->row_scan = scratch.row_scan;
     block->row_copy = scratch.row_copy;
     block->convert = scratch.convert;
@@ -298,13 +301,13 @@ int32_t vqk_cpu_nearest_needs_packing(const vqk_rows *x, const vqk_codes *codebo
 }
 
 int64_t vqk_cpu_nearest_packed_bytes(const vqk_codes *codebook, int32_t, int32_t isa) {
-  const Kernels *kernels = vqk::kernels_for(isa);
+  const Kernels *kernels = vqk::kernels_for(isa, codebook->size[2]);
   if (kernels == nullptr || codebook->size[1] < 1) return 0;
   return codebook->size[0] * vqk::plan(codebook, kernels).bytes;
 }
 
 int32_t vqk_cpu_nearest_pack(const vqk_codes *codebook, int32_t metric, int32_t isa, void *packed) {
-  const Kernels *kernels = vqk::kernels_for(isa);
+  const Kernels *kernels = vqk::kernels_for(isa, codebook->size[2]);
   if (kernels == nullptr) return vqk::fail(VQK_UNSUPPORTED, "instruction set %d is not available here", isa);
   if (const int32_t status = vqk::check_codes(codebook)) return status;
   const PackedHead head = vqk::plan(codebook, kernels);
@@ -318,14 +321,14 @@ int32_t vqk_cpu_nearest_pack(const vqk_codes *codebook, int32_t metric, int32_t 
 
 int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision, int32_t isa,
                         const void *packed, int64_t *indices, float *score) {
-  const Kernels *kernels = vqk::kernels_for(isa);
+  const Kernels *kernels = vqk::kernels_for(isa, codebook->size[2]);
   if (kernels == nullptr) return vqk::fail(VQK_UNSUPPORTED, "instruction set %d is not available here", isa);
   if (const int32_t status = vqk::check_codes(codebook)) return status;
   const int64_t heads = x->size[0], rows = x->size[1] * x->size[2];
   if (heads * rows == 0) return VQK_OK;
   if (packed == nullptr) {
     if (!vqk::searches_directly(x, codebook)) return vqk::fail(VQK_INVALID, "this search needs a packed codebook");
-    const Kernels *direct = kernels->direct_screen != nullptr ? kernels : vqk::kernels_for(VQK_AVX512);
+    const Kernels *direct = kernels->direct_screen != nullptr ? kernels : vqk::kernels_for(VQK_AVX512, codebook->size[2]);
     return vqk::search_directly(x, codebook, metric, direct, indices, score);
   }
   const PackedHead *first = static_cast<const PackedHead *>(packed);

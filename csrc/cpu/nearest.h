@@ -18,6 +18,10 @@ constexpr int64_t kMaxGroups = 512;  // groups per head: bounds the screen's str
 // are used or not, so the extra precision is free there.
 constexpr int64_t kSplitDims = 9;
 
+// AVX2 screens in int16 between these numbers of dims. Below, the sums are too short to pay for turning them into scores; above,
+// the half unit that each dim loses adds up to more than what float32 sums lose. Either screen is correct at any size.
+constexpr int64_t kInt16LeastDims = 20, kInt16MostDims = 8192;
+
 // |computed t - t| <= row_residual * reach + row_length * spread + offset + row_offset, for every code of a group.
 struct GroupBound {
   float reach;   // max |e'|
@@ -30,23 +34,24 @@ struct GroupBound {
 struct PackedHead {
   int64_t bytes;
   int64_t num_codes, dim;
-  int64_t steps;             // 4-byte elements per row: dims (float32) or pairs of dims (bf16), padded
+  int64_t steps;             // 4-byte elements per row: dims (float32) or pairs of dims (bf16, int16), padded
   int64_t blocks;            // blocks of 16 codes, padded
   int64_t blocks_per_group;  // a power of two
   int64_t groups;
-  int64_t centre, bias, bounds, norms, codes;
+  int64_t centre, bias, factors, bounds, norms, codes;
   double scale;      // of the codes; a power of two
   double row_scale;  // of the rows: the same for l2, 1 otherwise
   float reach;       // max |e'| over the head
   int32_t scan;      // 1: no usable bound, decide every pair in float64
-  int32_t pad[4];
+  int32_t pad[2];
 };
 
 VQK_INLINE float *head_floats(const PackedHead *head, int64_t offset) {
   return reinterpret_cast<float *>(const_cast<char *>(reinterpret_cast<const char *>(head)) + offset);
 }
-VQK_INLINE float *head_centre(const PackedHead *head) { return head_floats(head, head->centre); }  // steps * dims, zero padded
-VQK_INLINE float *head_bias(const PackedHead *head) { return head_floats(head, head->bias); }      // -|e'|^2/2; -inf: no code
+VQK_INLINE float *head_centre(const PackedHead *head) { return head_floats(head, head->centre); }    // steps * dims, zero padded
+VQK_INLINE float *head_bias(const PackedHead *head) { return head_floats(head, head->bias); }        // -|e'|^2/2; -inf: no code
+VQK_INLINE float *head_factors(const PackedHead *head) { return head_floats(head, head->factors); }  // value = element * factor
 VQK_INLINE GroupBound *head_bounds(const PackedHead *head) {
   return reinterpret_cast<GroupBound *>(head_floats(head, head->bounds));
 }
@@ -66,7 +71,7 @@ struct Block {
 
   uint32_t *packed_rows;  // [row tile][steps][lanes]
   float *strip;           // [row tile][groups | 1][lanes]: best screened score of each group
-  float *row_length, *row_residual, *row_offset;
+  float *row_length, *row_residual, *row_offset, *row_factor;
   uint8_t *row_scan;  // 1: no bound, decide against every code
   void *row_copy;     // rows in row-major order, float or double, when x is not readable in place
   float *convert;     // one row in screen units, one row of packed elements per lane
@@ -106,6 +111,7 @@ struct Kernels {
 
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx2_int16;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_amx;

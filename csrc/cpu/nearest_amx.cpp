@@ -54,9 +54,8 @@ struct Amx : Bf16Base {
 
   VQK_INLINE int64_t used_steps(int64_t dim) { return dim <= kSplitDims ? 16 : (dim + 1) / 2; }
   // Few dims: two bf16 parts per value, [x1 x2 x1 1 1 1] (nearest.h, kSplitDims).
-  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
-                       float *error) {
-    if (dim > kSplitDims) return Bf16Base::quantise(x, centre, scale, dim, out, square, error);
+  static Quantised quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out) {
+    if (dim > kSplitDims) return Bf16Base::quantise(x, centre, scale, dim, out);
     const __mmask16 mask = tail_mask(dim);
     const __m512 v =
         _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x), _mm512_maskz_loadu_ps(mask, centre)), set(scale));
@@ -70,8 +69,7 @@ struct Amx : Bf16Base {
     _mm256_mask_storeu_epi16(parts + dim, mask, second);
     _mm256_mask_storeu_epi16(parts + 2 * dim, mask, first);
     for (int64_t i = 0; i < 3; ++i) parts[3 * dim + i] = 0x3f80;  // one
-    *square = _mm512_reduce_add_ps(_mm512_mul_ps(v, v));
-    *error = _mm512_reduce_add_ps(_mm512_mul_ps(lost, lost));
+    return {_mm512_reduce_add_ps(_mm512_mul_ps(v, v)), _mm512_reduce_add_ps(_mm512_mul_ps(lost, lost)), 1};
   }
 
   // Writes the group maxima of two tiles of codes and two of rows.

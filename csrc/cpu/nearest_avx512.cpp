@@ -16,8 +16,7 @@ struct Avx512 : Avx512Base {
   VQK_INLINE V multiply_add(O a, O b, V c) { return _mm512_fmadd_ps(a, b, c); }
 
   VQK_INLINE int64_t used_steps(int64_t dim) { return dim; }
-  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
-                       float *error) {
+  static Quantised quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out) {
     __m512 sum = zero();
     const __m512 factor = set(scale);
     for (int64_t d = 0; d < dim; d += 16) {
@@ -27,8 +26,7 @@ struct Avx512 : Avx512Base {
       _mm512_mask_storeu_ps(out + d, mask, v);
       sum = _mm512_fmadd_ps(v, v, sum);
     }
-    *square = _mm512_reduce_add_ps(sum);
-    *error = 0;
+    return {_mm512_reduce_add_ps(sum), 0, 1};
   }
   VQK_SIMD_POLICY_MEMBERS(Avx512)
   template <class Emit>

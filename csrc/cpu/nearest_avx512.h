@@ -12,6 +12,7 @@ namespace {
 struct Avx512Base {
   typedef __m512 V;
   static constexpr int lanes = 16;
+  VQK_SIMD_FLOAT_SUMS(V)
 
   VQK_INLINE V set(float value) { return _mm512_set1_ps(value); }
   VQK_INLINE V zero() { return _mm512_setzero_ps(); }

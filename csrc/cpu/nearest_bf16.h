@@ -13,8 +13,7 @@ struct Bf16Base : Avx512Base {
   VQK_INLINE __m512 widen_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
   VQK_INLINE int64_t used_steps(int64_t dim) { return (dim + 1) / 2; }
-  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
-                       float *error) {
+  static Quantised quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out) {
     __m512 sum0 = zero(), sum1 = zero(), lost0 = zero(), lost1 = zero();
     const __m512 factor = set(scale);
     for (int64_t d = 0; d < dim; d += 32) {
@@ -32,8 +31,7 @@ struct Bf16Base : Avx512Base {
       lost0 = _mm512_fmadd_ps(r0, r0, lost0);
       lost1 = _mm512_fmadd_ps(r1, r1, lost1);
     }
-    *square = _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
-    *error = _mm512_reduce_add_ps(_mm512_add_ps(lost0, lost1));
+    return {_mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1)), _mm512_reduce_add_ps(_mm512_add_ps(lost0, lost1)), 1};
   }
 };
 

@@ -37,47 +37,62 @@ void direct_screen_rows(const Direct *search, int64_t begin, int64_t end, float 
     length[r] = static_cast<float>(std::sqrt(square)) * 1.0001f;
     lower[r] = -INFINITY;
   }
-  for (int64_t k = begin; k < end; ++k) {
-    const float *e = direct_code(search, k);
-    typename P::V sum[Rows], square = P::zero();
-    for (int r = 0; r < Rows; ++r) sum[r] = P::zero();
+  // Several codes at a time where there are few rows: the sums of a single one would wait for each other.
+  constexpr int together = Rows == 1 ? 4 : Rows == 2 ? 2 : 1;
+  for (int64_t first = begin; first < end; first += together) {
+    const int count = end - first < together ? static_cast<int>(end - first) : together;
+    const float *e[together];
+    for (int c = 0; c < together; ++c) e[c] = direct_code(search, c < count ? first + c : first);  // the tail repeats a code
+    typename P::V sum[together][Rows], square[together];
+    for (int c = 0; c < together; ++c) {
+      square[c] = P::zero();
+      for (int r = 0; r < Rows; ++r) sum[c][r] = P::zero();
+    }
     int64_t d = 0;
     for (; d + P::lanes <= dim; d += P::lanes) {
-      const typename P::V code = P::load(e + d);
-      if (!L2) square = P::multiply_add(code, code, square);
+      typename P::V row[Rows];
 #pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) row[r] = P::load(x[r] + d);
+#pragma GCC unroll 4
+      for (int c = 0; c < together; ++c) {
+        const typename P::V code = P::load(e[c] + d);
+        if (!L2) square[c] = P::multiply_add(code, code, square[c]);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+          const typename P::V difference = P::subtract(row[r], code);
+          sum[c][r] = L2 ? P::multiply_add(difference, difference, sum[c][r]) : P::multiply_add(row[r], code, sum[c][r]);
+        }
+      }
+    }
+    for (int c = 0; c < count; ++c) {
+      const int64_t k = first + c;
+      float total[Rows], norm = P::sum(square[c]);
+      for (int r = 0; r < Rows; ++r) total[r] = P::sum(sum[c][r]);
+      for (int64_t i = d; i < dim; ++i) {
+        if (!L2) norm += e[c][i] * e[c][i];
+        for (int r = 0; r < Rows; ++r) total[r] += L2 ? (x[r][i] - e[c][i]) * (x[r][i] - e[c][i]) : x[r][i] * e[c][i];
+      }
       for (int r = 0; r < Rows; ++r) {
-        const typename P::V row = P::load(x[r] + d);
-        const typename P::V difference = P::subtract(row, code);
-        sum[r] = L2 ? P::multiply_add(difference, difference, sum[r]) : P::multiply_add(row, code, sum[r]);
+        float value, bound;
+        if (L2) {
+          value = -total[r];
+          bound = gamma * total[r] + 0x1p-100f;  // squares may underflow
+        } else if (search->metric == VQK_DOT) {
+          value = total[r];
+          bound = gamma * length[r] * std::sqrt(norm + floor) * 1.0001f + 0x1p-100f * (1.0f + length[r]);
+        } else if (norm > 0x1p-60f && norm < 0x1p120f) {
+          value = total[r] / std::sqrt(norm);
+          bound = 2.0f * gamma * length[r] + 0x1p-60f;
+        } else {
+          value = 0.0f;
+          bound = INFINITY;
+        }
+        // A sum that overflowed says nothing about the value.
+        if (!(std::fabs(total[r]) < INFINITY)) bound = INFINITY;
+        // A NaN in value or bound leaves the code a candidate: the decision knows.
+        search->upper[r * codes + k] = value + bound;
+        lower[r] = value - bound > lower[r] ? value - bound : lower[r];
       }
-    }
-    float total[Rows], norm = P::sum(square);
-    for (int r = 0; r < Rows; ++r) total[r] = P::sum(sum[r]);
-    for (; d < dim; ++d) {
-      if (!L2) norm += e[d] * e[d];
-      for (int r = 0; r < Rows; ++r) total[r] += L2 ? (x[r][d] - e[d]) * (x[r][d] - e[d]) : x[r][d] * e[d];
-    }
-    for (int r = 0; r < Rows; ++r) {
-      float value, bound;
-      if (L2) {
-        value = -total[r];
-        bound = gamma * total[r] + 0x1p-100f;  // squares may underflow
-      } else if (search->metric == VQK_DOT) {
-        value = total[r];
-        bound = gamma * length[r] * std::sqrt(norm + floor) * 1.0001f + 0x1p-100f * (1.0f + length[r]);
-      } else if (norm > 0x1p-60f && norm < 0x1p120f) {
-        value = total[r] / std::sqrt(norm);
-        bound = 2.0f * gamma * length[r] + 0x1p-60f;
-      } else {
-        value = 0.0f;
-        bound = INFINITY;
-      }
-      // A sum that overflowed says nothing about the value.
-      if (!(std::fabs(total[r]) < INFINITY)) bound = INFINITY;
-      // A NaN in value or bound leaves the code a candidate: the decision knows.
-      search->upper[r * codes + k] = value + bound;
-      lower[r] = value - bound > lower[r] ? value - bound : lower[r];
     }
   }
 }

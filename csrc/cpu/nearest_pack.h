@@ -19,6 +19,13 @@ VQK_INLINE float dot_error(int64_t dim) {
 
 constexpr float kSlack = 1.0f + 0x1p-18f;  // covers the float32 arithmetic on the bounds themselves
 
+// What rounding a row or a code to operands left behind: the value is element * factor, up to the error.
+struct Quantised {
+  float square;  // |value|^2
+  float error;   // |value - element * factor|^2
+  float factor;  // 1 unless the elements are integers
+};
+
 struct Interleaved {  // [steps][16 codes]: one vector per step, or one broadcast per code
   VQK_INLINE void put(uint32_t *out, int c, int64_t s, const uint32_t *element, int count) {
     for (int i = 0; i < count; ++i) out[(s + i) * kCodes + c] = element[i];
@@ -63,15 +70,13 @@ void code_norms(const vqk_codes *codebook, int64_t head_index, int64_t first, fl
 
 // A value in screen units. Float arithmetic where its range allows; its rounding is part of the bounds (2^-22 of the length).
 template <class P, class T>
-VQK_INLINE void quantise_row(const T *row, const float *centre, const float *zeros, double scale, int64_t dim, float *values,
-                             uint32_t *out, float *square, float *error) {
-  if (sizeof(T) == 4 && scale < 0x1p100 && scale > 0x1p-100) {
-    P::quantise(reinterpret_cast<const float *>(row), centre, static_cast<float>(scale), dim, out, square, error);
-    return;
-  }
+VQK_INLINE Quantised quantise_row(const T *row, const float *centre, const float *zeros, double scale, int64_t dim, float *values,
+                                  uint32_t *out) {
+  if (sizeof(T) == 4 && scale < 0x1p100 && scale > 0x1p-100)
+    return P::quantise(reinterpret_cast<const float *>(row), centre, static_cast<float>(scale), dim, out);
   for (int64_t d = 0; d < dim; ++d)
     values[d] = static_cast<float>(scale * (static_cast<double>(row[d]) - static_cast<double>(centre[d])));
-  P::quantise(values, zeros, 1.0f, dim, out, square, error);
+  return P::quantise(values, zeros, 1.0f, dim, out);
 }
 
 // What a code without a usable bound is: 0 one that can never win, 1 one that only a scan in float64 can judge.
@@ -94,7 +99,8 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
                    GroupBound *block_bounds, uint64_t *keys) {
   const int64_t dim = head->dim, steps = head->steps;
   const bool split = P::splits && dim <= kSplitDims;
-  const float a = dot_error(split ? 3 * dim : dim);
+  // Integer sums are exact: what rounds is the conversion, the factors and the bias.
+  const float a = dot_error(P::exact_sums ? 1 : split ? 3 * dim : dim);
   const double sums = 0x1p-23 * static_cast<double>(dim + 32);     // rounding of the float32 sums of squares, relative
   const double decision = 0x1p-49 * static_cast<double>(dim + 4);  // rounding of the float64 decision, relative
   const double floor = 0x1p-124 * static_cast<double>(dim + 32);   // squares that underflow
@@ -111,7 +117,7 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
       if (metric == VQK_COSINE && c % 8 == 0 && k < head->num_codes)
         code_norms<P>(codebook, head_index, k, copies, head_norms(head) + k);
       bool usable = k < head->num_codes;
-      float square = 0, error = 0;
+      Quantised code = {0, 0, 0};
       if (usable) {
         double scale = head->scale;
         if (metric == VQK_COSINE) {
@@ -122,14 +128,13 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
         }
         const void *row = code_row(codebook, head_index, k, copies);
         if (codebook->dtype == VQK_F64)
-          quantise_row<P>(static_cast<const double *>(row), head_centre(head), zeros, scale, dim, values, elements, &square,
-                          &error);
+          code = quantise_row<P>(static_cast<const double *>(row), head_centre(head), zeros, scale, dim, values, elements);
         else
-          quantise_row<P>(static_cast<const float *>(row), head_centre(head), zeros, scale, dim, values, elements, &square,
-                          &error);
-        if (!(square < 1e36f) || !(error < 1e36f)) {
+          code = quantise_row<P>(static_cast<const float *>(row), head_centre(head), zeros, scale, dim, values, elements);
+        if (!(code.square < 1e36f) || !(code.error < 1e36f)) {
           scan |= needs_scan(codebook, head_index, k, metric);
           usable = false;
+          code.factor = 0;
         }
       }
       int64_t used = 0;
@@ -148,9 +153,10 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
           hash[0] += elements[s] * (static_cast<uint32_t>(s) * 0x9e3779b1u | 1u);
           hash[1] += (elements[s] >> 7) * (static_cast<uint32_t>(s) * 0x85ebca6bu | 1u);
         }
-        const double half = metric == VQK_L2 ? static_cast<double>(square) / 2 : 0.0;
-        const double reach = std::sqrt(static_cast<double>(square) * (1 + sums) + floor);
-        const double residual = std::sqrt(static_cast<double>(error) * (1 + sums) + floor) + 0x1p-22 * reach;
+        hash[0] ^= float_to_bits(code.factor);
+        const double square = static_cast<double>(code.square), half = metric == VQK_L2 ? square / 2 : 0.0;
+        const double reach = std::sqrt(square * (1 + sums) + floor);
+        const double residual = std::sqrt(static_cast<double>(code.error) * (1 + sums) + floor) + 0x1p-22 * reach;
         // Split operands leave out x2 . e2, and |x2| <= 2^-8 |x|, |e2| <= 2^-8 |e|.
         const double spread = residual + a * (reach + residual) * (1 + 0x1p-6) + (split ? 0x1.1p-16 * reach : 0.0);
         const double offset = half * (a + sums + 0x1p-21 + decision) + 0x1p-100;
@@ -174,6 +180,7 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
         Place::put(out, c, s, elements + s, steps - s < 16 ? static_cast<int>(steps - s) : 16);
       keys[k] = static_cast<uint64_t>(hash[0]) << 32 | hash[1];
       head_bias(head)[k] = bias;
+      head_factors(head)[k] = code.factor;
     }
     block_bounds[block] = bound;
   }
@@ -239,7 +246,7 @@ void copy_rows(Block *block, int64_t begin, int64_t end) {
   }
 }
 
-// Rows to screen units, packed [row tile][steps][lanes], with the three numbers per row that the bound needs.
+// Rows to screen units, packed [row tile][steps][lanes], with the numbers per row that the score and its bound need.
 template <class P>
 void prepare_rows(Block *block) {
   constexpr int lanes = P::lanes;
@@ -258,25 +265,24 @@ void prepare_rows(Block *block) {
     if (!in_place && tile < end) copy_rows<P>(block, tile, end);
     for (int64_t r = tile; r < tile + lanes; ++r) {
       uint32_t *out = elements + (r - tile) * pitch;
-      float square = 0, error = 0;
       block->row_scan[r] = 0;
       if (r < block->rows) {
-        if (wide)
-          quantise_row<P>(double_row(block, r), centre, block->zeros, head->row_scale, dim, values, out, &square, &error);
-        else
-          quantise_row<P>(float_row(block, r), centre, block->zeros, head->row_scale, dim, values, out, &square, &error);
+        const Quantised row = wide
+                                  ? quantise_row<P>(double_row(block, r), centre, block->zeros, head->row_scale, dim, values, out)
+                                  : quantise_row<P>(float_row(block, r), centre, block->zeros, head->row_scale, dim, values, out);
         for (int64_t s = P::used_steps(dim); s < steps; ++s) out[s] = 0;
-        const float length = std::sqrt(square * sums + floor) * kSlack;
+        const float length = std::sqrt(row.square * sums + floor) * kSlack;
         // 2^-22 |x'|: rounding of x - centre and of the conversion to float32.
-        const float residual = std::sqrt(error * sums + floor) * kSlack + 0x1p-22f * length;
-        block->row_length[r] = length;
+        const float residual = std::sqrt(row.error * sums + floor) * kSlack + 0x1p-22f * length;
+        block->row_length[r] = (length + residual) * kSlack;  // |x'| and |rounded x'| are at most this
         block->row_residual[r] = residual;
+        block->row_factor[r] = row.factor;
         block->row_offset[r] = decision * length * length;
         if (!(length < 1e18f) || !(length * head->reach < 1e36f)) block->row_scan[r] = 1;
       }
       if (r >= block->rows || block->row_scan[r]) {
         for (int64_t s = 0; s < steps; ++s) out[s] = 0;
-        block->row_length[r] = block->row_residual[r] = block->row_offset[r] = 0;
+        block->row_length[r] = block->row_residual[r] = block->row_offset[r] = block->row_factor[r] = 0;
       }
     }
     uint32_t *packed = block->packed_rows + tile * steps;

@@ -13,6 +13,7 @@ struct Portable {
   typedef V O;
   static constexpr int lanes = 4, row_vectors = 2, code_tile = 4, dims_per_step = 1;
 
+  VQK_SIMD_FLOAT_SUMS(V)
   VQK_INLINE V set(float value) { return V{value, value, value, value}; }
   VQK_INLINE V zero() { return set(0.0f); }
   VQK_INLINE V lowest() { return set(-INFINITY); }
@@ -37,8 +38,7 @@ struct Portable {
       for (int j = 0; j < lanes; ++j) out[j * out_pitch + i] = in[i * in_pitch + j];
   }
   VQK_INLINE int64_t used_steps(int64_t dim) { return dim; }
-  static void quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out, float *square,
-                       float *error) {
+  static Quantised quantise(const float *x, const float *centre, float scale, int64_t dim, uint32_t *out) {
     V sum = zero();
     int64_t d = 0;
     for (; d + lanes <= dim; d += lanes) {
@@ -52,8 +52,7 @@ struct Portable {
       out[d] = float_to_bits(v);
       total += v * v;
     }
-    *square = total;
-    *error = 0;
+    return {total, 0, 1};
   }
   template <bool L2, class X, class E>
   VQK_INLINE void decide(const X *const *x, const E *const *e, int64_t dim, double *out) {

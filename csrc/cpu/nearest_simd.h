@@ -3,7 +3,9 @@
 //
 // Running maxima stay in memory between register tiles: kept in registers they push the operands onto the stack (gcc 12).
 //
-// A policy P names the vectors of one instruction set: V (float lanes), O (operands), and the operations below.
+// A policy P names the vectors of one instruction set: V (float lanes), O (operands), A (accumulators; float lanes or integers),
+// and the operations below. `start` and `score` are the ends of a sum: floats start at the bias and are the score, integers start
+// at zero and become one by the factors of row and code.
 #ifndef VQK_CPU_NEAREST_SIMD_H
 #define VQK_CPU_NEAREST_SIMD_H
 
@@ -13,12 +15,12 @@ namespace vqk {
 namespace {
 
 template <class P>
-VQK_INLINE void screen_tile(const uint32_t *rows, int64_t row_pitch, const uint32_t *codes, const float *bias, int64_t steps,
-                            float *const *best, bool first) {
-  typename P::V sum[P::code_tile][P::row_vectors];
+VQK_INLINE void screen_tile(const uint32_t *rows, int64_t row_pitch, const float *row_factors, const uint32_t *codes,
+                            const float *bias, const float *factors, int64_t steps, float *const *best, bool first) {
+  typename P::A sum[P::code_tile][P::row_vectors];
 #pragma GCC unroll 8
   for (int c = 0; c < P::code_tile; ++c) {
-    const typename P::V b = P::broadcast(bias + c);
+    const typename P::A b = P::start(P::broadcast(bias + c));
 #pragma GCC unroll 4
     for (int v = 0; v < P::row_vectors; ++v) sum[c][v] = b;
   }
@@ -39,9 +41,11 @@ VQK_INLINE void screen_tile(const uint32_t *rows, int64_t row_pitch, const uint3
   }
 #pragma GCC unroll 4
   for (int v = 0; v < P::row_vectors; ++v) {
-    typename P::V most = sum[0][v];
+    const typename P::V factor = P::load(row_factors + v * P::lanes);
+    typename P::V most = P::score(sum[0][v], factor, P::broadcast(factors), P::broadcast(bias));
 #pragma GCC unroll 8
-    for (int c = 1; c < P::code_tile; ++c) most = P::max(most, sum[c][v]);
+    for (int c = 1; c < P::code_tile; ++c)
+      most = P::max(most, P::score(sum[c][v], factor, P::broadcast(factors + c), P::broadcast(bias + c)));
     P::store(best[v], first ? most : P::max(most, P::load(best[v])));
   }
   __asm__ volatile("" ::: "memory");
@@ -54,7 +58,7 @@ void screen_simd(Block *block, int64_t begin, int64_t end) {
   const int64_t steps = head->steps, per_group = head->blocks_per_group, bytes = steps * kCodes * 4;
   const int64_t groups_per_chunk = 1 + (128 << 10) / (bytes * per_group);
   const uint32_t *codes = head_codes(head);
-  const float *bias = head_bias(head);
+  const float *bias = head_bias(head), *factors = head_factors(head);
   for (int64_t chunk = begin; chunk < end; chunk += groups_per_chunk * per_group) {
     const int64_t stop = chunk + groups_per_chunk * per_group < end ? chunk + groups_per_chunk * per_group : end;
     for (int64_t tile = 0; tile < block->padded_rows; tile += P::lanes * P::row_vectors) {
@@ -64,8 +68,8 @@ void screen_simd(Block *block, int64_t begin, int64_t end) {
         for (int v = 0; v < P::row_vectors; ++v) best[v] = strip_at(block, P::lanes, tile + v * P::lanes, first / per_group);
         for (int64_t b = first; b < first + per_group; ++b)
           for (int c = 0; c < kCodes; c += P::code_tile)
-            screen_tile<P>(rows, steps * P::lanes, codes + b * steps * kCodes + c, bias + b * kCodes + c, steps, best,
-                           b == first && c == 0);
+            screen_tile<P>(rows, steps * P::lanes, block->row_factor + tile, codes + b * steps * kCodes + c,
+                           bias + b * kCodes + c, factors + b * kCodes + c, steps, best, b == first && c == 0);
       }
     }
   }
@@ -73,13 +77,13 @@ void screen_simd(Block *block, int64_t begin, int64_t end) {
 
 // Screened scores of one row against a block of 16 codes (lanes are codes here): bit i is set if code i reaches the threshold.
 template <class P>
-VQK_INLINE uint32_t refine_block(const uint32_t *row, int64_t stride, const uint32_t *codes, const float *bias, int64_t steps,
-                                 float limit) {
+VQK_INLINE uint32_t refine_block(const uint32_t *row, int64_t stride, const float *row_factor, const uint32_t *codes,
+                                 const float *bias, const float *factors, int64_t steps, float limit) {
   constexpr int vectors = kCodes / P::lanes, chains = 4;  // several chains hide the latency of the multiply-add
-  typename P::V sum[chains][vectors];
+  typename P::A sum[chains][vectors];
   for (int v = 0; v < vectors; ++v) {
-    sum[0][v] = P::load(bias + v * P::lanes);
-    for (int j = 1; j < chains; ++j) sum[j][v] = P::zero();
+    sum[0][v] = P::start(P::load(bias + v * P::lanes));
+    for (int j = 1; j < chains; ++j) sum[j][v] = P::start(P::zero());
   }
   int64_t s = 0;
   for (; s + chains <= steps; s += chains) {
@@ -98,8 +102,10 @@ VQK_INLINE uint32_t refine_block(const uint32_t *row, int64_t stride, const uint
   }
   uint32_t mask = 0;
   for (int v = 0; v < vectors; ++v) {
-    const typename P::V total = P::add(P::add(sum[0][v], sum[1][v]), P::add(sum[2][v], sum[3][v]));
-    mask |= P::at_least(total, P::set(limit)) << (v * P::lanes);
+    const typename P::A total = P::add(P::add(sum[0][v], sum[1][v]), P::add(sum[2][v], sum[3][v]));
+    const typename P::V score =
+        P::score(total, P::broadcast(row_factor), P::load(factors + v * P::lanes), P::load(bias + v * P::lanes));
+    mask |= P::at_least(score, P::set(limit)) << (v * P::lanes);
   }
   return mask;
 }
@@ -156,8 +162,9 @@ VQK_INLINE void candidates_simd(Block *block, int64_t tile, const float *thresho
       // Another order of summation than the screen's, so a relative hair more room; never less than the bound allows.
       const float reach = limit[lane] - 0x1p-20f * std::fabs(limit[lane]);
       for (int64_t b = group * head->blocks_per_group; b < (group + 1) * head->blocks_per_group; ++b) {
-        uint32_t codes = refine_block<P>(packed + lane, P::lanes, head_codes(head) + b * steps * kCodes,
-                                         head_bias(head) + b * kCodes, steps, reach);
+        uint32_t codes =
+            refine_block<P>(packed + lane, P::lanes, block->row_factor + tile + lane, head_codes(head) + b * steps * kCodes,
+                            head_bias(head) + b * kCodes, head_factors(head) + b * kCodes, steps, reach);
         for (; codes != 0; codes &= codes - 1) emit(tile + lane, b * kCodes + __builtin_ctz(codes));
       }
     }
@@ -166,6 +173,13 @@ VQK_INLINE void candidates_simd(Block *block, int64_t tile, const float *thresho
 
 }  // namespace
 }  // namespace vqk
+
+// Sums of floats: they start at the bias, and are the score.
+#define VQK_SIMD_FLOAT_SUMS(V)                \
+  typedef V A;                                \
+  static constexpr bool exact_sums = false;   \
+  VQK_INLINE V start(V bias) { return bias; } \
+  VQK_INLINE V score(V sum, V, V, V) { return sum; }
 
 // One instruction set's table of kernels from its policy.
 #define VQK_SIMD_POLICY_MEMBERS(P)                                                                                             \

@@ -1,7 +1,4 @@
-// Errors, the borrowed thread pool, and which instruction sets this machine runs.
-#include <cstdarg>
-#include <cstdio>
-
+// The borrowed thread pool, and which instruction sets this machine runs.
 #include "common.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -13,7 +10,6 @@
 namespace vqk {
 namespace {
 
-thread_local char last_error[512];
 vqk_parallel_for installed_parallel_for = nullptr;
 thread_local int32_t threads = 1;
 
@@ -74,14 +70,6 @@ int32_t best_isa() {
 
 }  // namespace
 
-int32_t fail(int32_t status, const char *format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(last_error, sizeof last_error, format, arguments);
-  va_end(arguments);
-  return status;
-}
-
 void parallel_for_raw(int64_t begin, int64_t end, int64_t grain, vqk_parallel_body body, void *context) {
   if (begin >= end) return;
   if (installed_parallel_for == nullptr || threads == 1 || end - begin <= grain)
@@ -94,8 +82,6 @@ int num_threads() { return installed_parallel_for == nullptr ? 1 : threads; }
 
 }  // namespace vqk
 
-int32_t vqk_abi_version(void) { return VQK_ABI_VERSION; }
-const char *vqk_last_error(void) { return vqk::last_error; }
 void vqk_cpu_set_parallel_for(vqk_parallel_for parallel_for) { vqk::installed_parallel_for = parallel_for; }
 void vqk_cpu_set_num_threads(int32_t num_threads) { vqk::threads = num_threads < 1 ? 1 : num_threads; }
 int32_t vqk_cpu_has_isa(int32_t isa) { return vqk::has_isa(isa) ? 1 : 0; }
@@ -103,14 +89,4 @@ int32_t vqk_cpu_has_isa(int32_t isa) { return vqk::has_isa(isa) ? 1 : 0; }
 int32_t vqk_cpu_best_isa(void) {
   static const int32_t best = vqk::best_isa();
   return best;
-}
-
-const char *vqk_build_info(void) {
-#if defined(__clang__)
-  return "clang " __clang_version__;
-#elif defined(__GNUC__)
-  return "gcc " __VERSION__;
-#else
-  return "unknown compiler";
-#endif
 }

@@ -96,6 +96,29 @@ def test_quantize_grad_agrees_with_the_reference(sizes: tuple[int, ...], dtype: 
             torch.testing.assert_close(found, expected, rtol=close, atol=close)
 
 
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, (1, 3, 400, 7, 4)], ids=str)
+def test_quantize_output_agrees_with_the_reference(sizes: tuple[int, ...], dtype: torch.dtype, measured: bool) -> None:
+    for layout in LAYOUTS if sizes[2] < 100 else LAYOUTS[:1]:
+        z, codes, indices = case(sizes, dtype, layout)
+        distance = torch.rand(indices.shape) if measured else None
+        for channel_first in (False, True):
+            given = (z, codes.float(), indices, distance, True, channel_first)
+            found, again = (ops.quantize_output(*given, "triton") for _ in range(2))
+            expected = ops.quantize_output(*given, "reference")
+            assert found[0].equal(expected[0])
+            assert found[0].stride() == expected[0].stride()
+            assert found[3].equal(expected[3])
+            torch.testing.assert_close(
+                found[1:3], expected[1:3], rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0
+            )
+            assert all(a.equal(b) for a, b in zip(found, again, strict=True))
+    nothing = ops.quantize_output(z, codes.float(), indices.clamp(max=-1), None, True, False, "triton")
+    assert (nothing[1].item(), nothing[2].item(), nothing[3].item()) == (0.0, 0.0, 1.0)
+    assert ops.quantize_output(z[:, :, :0], codes, indices[:, :, :0], None, True, False, "triton")[1].item() == 0.0
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("h", "k", "d"), [(1, 1, 1), (2, 9, 5), (1, 33, 130)])
 def test_ema_update_agrees_with_the_reference(h: int, k: int, d: int, normalize: bool) -> None:

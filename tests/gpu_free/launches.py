@@ -50,7 +50,8 @@ def describe(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(fn.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not free):
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
         elif isinstance(value, torch.Tensor):
@@ -60,7 +61,7 @@ def describe(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
             signature.append((parameter.name, "fp32"))
         else:
             signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0:
+            if value % 16 == 0 and not free:
                 divisible.append(position)
     options = tuple((k, kwargs[k]) for k in OPTIONS if k in kwargs)
     return Launch(fn, tuple(signature), tuple(constants), tuple(divisible), options)

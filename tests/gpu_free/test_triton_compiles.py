@@ -20,12 +20,13 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 from launches import Launch, compiled, recorded, resources
 from triton.backends.compiler import GPUTarget
 
-from vqkernels._triton import interpreted
+from vqkernels._triton import interpreted, selftest
 from vqkernels.ops.codebook_sum import triton as codebook_sum
 from vqkernels.ops.ema_update import triton as ema_update
 from vqkernels.ops.lookup import triton as lookup
 from vqkernels.ops.nearest import triton as nearest
 from vqkernels.ops.quantize_grad import triton as quantize_grad
+from vqkernels.ops.quantize_output import triton as quantize_output
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vqkernels"
 TARGETS = {
@@ -36,22 +37,36 @@ TARGETS = {
 }
 # N, K, D, metric, dtype of x, dtype of the codebook: one per shipped configuration and per kind of operand.
 SEARCHES = (
-    (300, 500, 3, "l2", torch.float32, torch.float32),
-    (300, 500, 8, "cosine", torch.bfloat16, torch.float32),
-    (300, 500, 32, "l2", torch.float16, torch.float16),
-    (300, 500, 64, "dot", torch.float32, torch.float32),
-    (300, 500, 100, "l2", torch.bfloat16, torch.bfloat16),
-    (300, 500, 256, "l2", torch.float32, torch.float32),
+    (70000, 500, 3, "l2", torch.float32, torch.float32),
+    (5000, 20000, 8, "cosine", torch.bfloat16, torch.float32),
+    (70000, 500, 32, "l2", torch.float16, torch.float16),
+    (5000, 20000, 64, "dot", torch.float32, torch.float32),
+    (70000, 500, 100, "l2", torch.bfloat16, torch.bfloat16),
+    (70000, 500, 256, "l2", torch.float32, torch.float32),
+    # A few rows: 64, then 16 in a tile, with lists of one, a few and very many splits.
+    (1000, 500, 256, "l2", torch.float32, torch.float32),
+    (50, 300000, 256, "cosine", torch.bfloat16, torch.float32),
+    (8, 3000, 256, "l2", torch.float32, torch.float32),
     (1, 1, 1, "l2", torch.float32, torch.float32),
 )
-F64_SUM = {"decide", "scan", "code_stats"}
+F64_SUM = {"decide", "scan", "resolve", "code_stats"}
 
 
 @functools.cache
 def launches() -> tuple[Launch, ...]:
-    with recorded() as found:
+    measured: list[selftest.Probe] = []
+
+    def holds(device: torch.device, *probes: selftest.Probe) -> bool:
+        measured.extend(probes)
+        return True
+
+    with recorded() as found, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selftest, "holds", holds)  # nothing runs here, so there is nothing to judge
         for n, k, d, metric, x_dtype, e_dtype in SEARCHES:
-            nearest.run(torch.zeros(1, 1, n, d, dtype=x_dtype), torch.zeros(1, k, d, dtype=e_dtype), metric, "exact")
+            x, codes = torch.zeros(1, 1, 1, d, dtype=x_dtype), torch.zeros(1, 1, d, dtype=e_dtype)
+            nearest.run(x.expand(1, 1, n, d), codes.expand(1, k, d), metric, "exact")
+        for probe in dict.fromkeys(measured):
+            selftest._measure(torch.device("cpu"), probe)
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             for d in (7, 256) if dtype == torch.float32 else (256,):
                 other_ops(torch.zeros(2, 3, 50, d, dtype=dtype), torch.zeros(2, 100, d, dtype=dtype))
@@ -65,6 +80,8 @@ def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
         lookup.run(codes, indices, channel_first, torch.float32)
         for gradient in ("straight_through", "rotation", "none"):
             quantize_grad.run(z, z, codes, indices, commitment, gradient, channel_first)
+        for distance in (None, torch.zeros(z.shape[:3])):
+            quantize_output.run(z, codes, indices, distance, True, channel_first)
         ema_update.run(counts, state, state, counts, state, 0.99, 1e-5, channel_first)
     codebook_sum.run(z, indices, codes.shape[1])
 
@@ -80,7 +97,7 @@ def test_every_kernel_of_the_package_is_launched() -> None:
 
 
 # First arguments of functions that kernels call; they are compiled with their callers.
-HELPERS = {"value", "exponent", "a_start", "bounds", "x_start"}
+HELPERS = {"value", "exponent", "a_start", "bounds", "x_start", "partials"}
 
 
 def is_kernel(node: ast.FunctionDef) -> bool:
@@ -118,6 +135,23 @@ def check_ptx(launch: Launch, ptx: str) -> None:
         assert not re.search(r"(add|sub|mul|div|sqrt)\.f64|(div|sqrt)\.approx\S*\.f64", ptx), launch
 
 
+def loops(ptx: str) -> list[str]:
+    """The text between every backward branch and its target."""
+    labels = {m.group(1): m.start() for m in re.finditer(r"^(\$L__BB\d+_\d+):", ptx, re.M)}
+    jumps = re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+)", ptx)
+    return [ptx[labels[m.group(1)] : m.start()] for m in jumps if labels[m.group(1)] < m.start()]
+
+
+def test_lanes_of_the_screen_talk_after_the_last_tile_only() -> None:
+    screens = [s for s in launches() if s.fn.__name__ == "screen" and dict(s.constants)["BLOCK_M"] == 128]
+    assert len(screens) >= 5
+    for launch in screens:
+        ptx = compiled(launch, TARGETS["sm_90"][0]).asm["ptx"]
+        assert "shfl.sync.bfly" in ptx
+        assert not [body for body in loops(ptx) if "shfl.sync.bfly" in body], launch
+        assert any("wgmma" in body for body in loops(ptx)), launch
+
+
 def jit_functions() -> list[Any]:
     found = [
         (path, node)
@@ -136,4 +170,17 @@ def test_kernel_is_deterministic_and_does_not_recompile_with_sizes(path: Path, n
     assert "autotune" not in source, "tuning at run time stalls training; ship a configuration"
     constants = {a.arg for a in node.args.args if a.annotation is not None and "constexpr" in ast.unparse(a.annotation)}
     blocks = {c for c in constants if c.startswith("BLOCK")}
-    assert constants - blocks <= {"METRIC", "SPLIT", "RESIDENT", "CAPACITY", "CHUNK", "DOUBLE", "GRADIENT", "NORMALIZE"}
+    options = {
+        "METRIC",
+        "SPLIT",
+        "SPLITS",
+        "RESIDENT",
+        "CAPACITY",
+        "CHUNK",
+        "DOUBLE",
+        "GRADIENT",
+        "HALF",
+        "MEASURED",
+        "NORMALIZE",
+    }
+    assert constants - blocks <= options

@@ -16,9 +16,9 @@ from vqkernels.cli import main, tune
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("VQKERNELS_TUNED", str(tmp_path))
-    tuned.load.cache_clear()
+    tuned.clear_cache()
     yield
-    tuned.load.cache_clear()
+    tuned.clear_cache()
 
 
 def test_nothing_measured_is_shipped_yet() -> None:

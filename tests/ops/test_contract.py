@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_device import DEVICE, place
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -83,6 +84,12 @@ CALLS: dict[str, dict[str, Callable[[str], Arguments]]] = {
         "plain": lambda lay: (*state(lay), 0.9, 1e-5, False),
         "normalize": lambda lay: (*state(lay), 0.9, 1e-5, True),
     },
+    "quantize_output": {
+        "measured": lambda lay: (rows(lay), codes(lay), indices(lay), torch.rand(H, B, S), True, False),
+        "compared": lambda lay: (rows(lay), codes(lay), indices(lay).clamp(min=0), None, False, True),
+        "bfloat16": lambda lay: (rows(lay, half), codes(lay), indices(lay), None, True, False),
+        "float64": lambda lay: (rows(lay, torch.float64), codes(lay), indices(lay), None, True, True),
+    },
     "quantize_grad": {
         "straight through": lambda lay: gradient(lay, "straight_through", False),
         "rotation": lambda lay: gradient(lay, "rotation", True),
@@ -100,7 +107,9 @@ def overload(op: str) -> Any:
 
 def able(op: str, backend: str, arguments: Arguments) -> str:
     """``backend``, or "reference" where it says that it cannot run this (native ``ema_update`` needs dense state)."""
-    reason = importlib.import_module(f"vqkernels.ops.{op}.{backend}").supports(*arguments)
+    reason = importlib.import_module(f"vqkernels.ops.{op}.{backend}").supports(
+        *map(place, arguments) if DEVICE != "cpu" else arguments
+    )
     if reason is None:
         return backend
     with pytest.raises(dispatch.Unsupported, match=re.escape(reason)):

@@ -14,14 +14,18 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from vqkernels import tuned
+
 __all__ = [
     "DTYPES",
     "SCREEN_DTYPES",
     "ceil_div",
     "check_indices",
+    "held_back",
     "interpreted",
     "on_device",
     "power_of_two",
+    "strides",
     "unavailable",
     "unsupported_dtype",
 ]
@@ -46,6 +50,16 @@ def unavailable(device: str) -> str | None:
         return "torch sees no CUDA device"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'vqkernels[triton]')"
+    return None
+
+
+def held_back(device: torch.device) -> str | None:
+    """Why these kernels are not chosen on a device unless asked for: no green `make gpu` is on record for its kind."""
+    if device.type != "cuda":
+        return "the interpreter is for tests"
+    name = torch.cuda.get_device_name(device)
+    if tuned.verified(name) is None:
+        return f"not verified on {name} (a green `make gpu` there writes vqkernels/tuned/{tuned.slug(name)}.json)"
     return None
 
 
@@ -79,3 +93,10 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below ``n``."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of ``x`` with those of single elements made the usual ones: no kernel compiles anew for them."""
+    last = x.dim() - 1
+    pairs = enumerate(zip(x.shape, x.stride(), strict=True))
+    return tuple(int(i == last) if size == 1 else step for i, (size, step) in pairs)

@@ -29,12 +29,45 @@ def power(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_codes", "every", "sampled"])
+def code_centre(
+    e, e_head, e_code, e_dim, centre, num_codes, every, sampled, dim,
+    HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Mean of every ``every``-th code. Any centre is right, this one makes the numbers small.
+
+    With 16-bit codes and rows (HALF) products are exact, except in dims that lie far from 0: there it pays to shift.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    square = tl.zeros([BLOCK_D], tl.float32)
+    count = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, sampled, BLOCK_N):
+        code = (first + tl.arange(0, BLOCK_N)) * every
+        at = e + head * e_head + code.to(tl.int64)[:, None] * e_code + d.to(tl.int64)[None, :] * e_dim
+        value = tl.load(at, mask=(code < num_codes)[:, None] & (d < dim)[None, :], other=float("nan")).to(tl.float32)
+        known = finite(value)
+        value = tl.where(known, value, 0.0)
+        total += tl.sum(value, 0)
+        square += tl.sum(value * value, 0)
+        count += tl.sum(known.to(tl.float32), 0)
+    mean = total / tl.maximum(count, 1.0)
+    if HALF:
+        # |mean| > 2 standard deviations, i.e. 5/4 mean^2 > mean of squares; / 4 apart, so that neither overflows first.
+        mean = tl.where(mean * mean > 0.8 * (square / tl.maximum(count, 1.0)), mean, 0.0)
+    tl.store(centre + head * dim + d, tl.where(finite(mean), mean, 0.0), mask=d < dim)
+
+
+@triton.jit(do_not_specialize=["num_codes"])
 def code_stats(
-    e, e_head, e_code, e_dim, centre, largest, norms, num_codes, dim,
+    e, e_head, e_code, e_dim, centre, largest, norms, tops, num_codes, dim,
     METRIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per code: the largest |e - c| or a mark, and for "cosine" |e| in float64, summed in the contract's order."""
+    """Per code: the largest |e - c| or a mark, and for "cosine" |e| in float64, summed in the contract's order.
+
+    Per program, in ``tops``: the largest of all, infinity if one of its codes needs a scan.
+    """
     head = tl.program_id(1).to(tl.int64)
     code = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = code < num_codes
@@ -46,7 +79,9 @@ def code_stats(
         d = first + tl.arange(0, BLOCK_D)
         mask = ok[:, None] & (d < dim)[None, :]
         value = tl.load(start[:, None] + d.to(tl.int64)[None, :] * e_dim, mask=mask, other=0.0).to(tl.float32)
-        shifted = value - tl.load(centre + head * dim + d, mask=d < dim, other=0.0)[None, :]
+        shifted = value
+        if METRIC == 0:
+            shifted = value - tl.load(centre + head * dim + d, mask=d < dim, other=0.0)[None, :]
         shifted = tl.where(mask, shifted, 0.0)
         # An infinity is no winner but for "dot"; a finite value whose difference overflows may be one.
         if METRIC == 2:
@@ -59,6 +94,8 @@ def code_stats(
     most = tl.where(wild != 0, NEEDS_SCAN, most)
     most = tl.where(nan != 0, NEVER_WINS, most)
     tl.store(largest + head * num_codes + code, most, mask=ok)
+    top = tl.max(tl.where(most == NEEDS_SCAN, float("inf"), tl.maximum(most, 0.0)), 0)
+    tl.store(tops + head * tl.num_programs(0) + tl.program_id(0), top)
     if METRIC == 1:
         total = tl.zeros([BLOCK_N], tl.float64)
         for _ in range(0, dim):
@@ -68,13 +105,16 @@ def code_stats(
         tl.store(norms + head * num_codes + code, tl.sqrt(total), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_codes", "blocks", "tiles"])
 def pack_codes(
-    e, e_head, e_code, e_dim, centre, largest, norms, exponent, packed, bias, bounds, num_codes, dim, padded_dim, tiles,
-    accumulation, keep,
-    METRIC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    e, e_head, e_code, e_dim, centre, largest, norms, tops, exponent, head_scan, packed, bias, bounds, num_codes,
+    blocks, dim, padded_dim, tiles, accumulation, keep,
+    METRIC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of codes: float16 operands, bias -|b|^2 / 2, and the tile's (reach, spread, offset)."""
+    """One tile of codes: float16 operands, bias -|b|^2 / 2, and the tile's (reach, spread, offset).
+
+    Every program finds the head's q again from ``tops``, the first one writes it down for the rows: one launch less.
+    """
     head = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0)
     code = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -82,7 +122,21 @@ def pack_codes(
     usable = mark >= 0.0
     start = e + head * e_head + code.to(tl.int64) * e_code
     out = packed + (head * tiles * BLOCK_N + code) * padded_dim
-    scale = power(tl.load(exponent + head))
+    top = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.load(tops + head * blocks + block, mask=block < blocks, other=0.0))
+    most = tl.max(top, 0)
+    q = most.to(tl.int32) * 0 + 14
+    if METRIC != 1:
+        # most in [2^order, 2^(order + 1)); nothing but zeros fits any q.
+        order = ((most.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+        q = tl.where(most == 0, 15, tl.minimum(tl.maximum(14 - order, -120), 100))
+    if tile == 0:
+        scan = (most == float("inf")) | ((most > 0) & (most < 8.6736174e-19))  # 2^-60
+        tl.store(exponent + head, q)
+        tl.store(head_scan + head, scan.to(tl.int32))
+    scale = power(q)
     inverse = tl.zeros([BLOCK_N], tl.float64)
     if METRIC == 1:
         norm = tl.load(norms + head * num_codes + code, mask=usable, other=0.0)
@@ -102,6 +156,8 @@ def pack_codes(
         value = tl.load(start[:, None] + d.to(tl.int64)[None, :] * e_dim, mask=mask, other=0.0).to(tl.float32)
         if METRIC == 1:
             value = (value.to(tl.float64) * inverse[:, None]).to(tl.float32)
+        elif METRIC == 2:
+            value = value * scale
         else:
             value = (value - tl.load(centre + head * dim + d, mask=inside, other=0.0)[None, :]) * scale
         value = tl.where(mask, value, 0.0)
@@ -134,7 +190,7 @@ def pack_codes(
     tl.store(at + 2, tl.max(tl.where(usable, offset, 0.0), 0) * 1.000004)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows", "num_rows", "inner"])
 def pack_rows(
     x, x_head, x_batch, x_row, x_dim, centre, exponent, head_scan, packed, info, first_row, rows, num_rows, inner, dim,
     padded_dim, keep,
@@ -152,7 +208,8 @@ def pack_rows(
         d = first + tl.arange(0, BLOCK_D)
         mask = ok[:, None] & (d < dim)[None, :]
         value = tl.load(start[:, None] + d.to(tl.int64)[None, :] * x_dim, mask=mask, other=0.0).to(tl.float32)
-        value = value - tl.load(centre + head * dim + d, mask=d < dim, other=0.0)[None, :]
+        if METRIC == 0:
+            value = value - tl.load(centre + head * dim + d, mask=d < dim, other=0.0)[None, :]
         value = tl.where(mask, value, 0.0)
         bad = bad | tl.max((finite(value) == 0).to(tl.int32), 1)
         most = tl.maximum(most, tl.max(tl.where(finite(value), tl.abs(value), 0.0), 1))
@@ -185,8 +242,9 @@ def pack_rows(
         inside = (j < 3 * dim) if SPLIT else (j < dim)
         mask = (ok & (unsafe == 0))[:, None] & inside[None, :]
         value = tl.load(start[:, None] + d.to(tl.int64)[None, :] * x_dim, mask=mask, other=0.0).to(tl.float32)
-        value = (value - tl.load(centre + head * dim + d, mask=inside, other=0.0)[None, :]) * scale[:, None]
-        value = tl.where(mask, value, 0.0)
+        if METRIC == 0:
+            value = value - tl.load(centre + head * dim + d, mask=inside, other=0.0)[None, :]
+        value = tl.where(mask, value * scale[:, None], 0.0)
         high = value.to(tl.float16)
         rest = value - high.to(tl.float32)
         operand = high

@@ -8,5 +8,6 @@ from vqkernels.ops.ema_update import ema_update
 from vqkernels.ops.lookup import lookup
 from vqkernels.ops.nearest import nearest
 from vqkernels.ops.quantize_grad import quantize_grad
+from vqkernels.ops.quantize_output import quantize_output
 
-__all__ = ["codebook_sum", "ema_update", "lookup", "nearest", "quantize_grad"]
+__all__ = ["codebook_sum", "ema_update", "lookup", "nearest", "quantize_grad", "quantize_output"]

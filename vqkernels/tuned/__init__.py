@@ -13,11 +13,24 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HEURISTIC", "Config", "folder", "load", "nearest_config", "override", "slug", "user_folder"]
+__all__ = [
+    "HEURISTIC",
+    "Choice",
+    "Config",
+    "choice",
+    "clear_cache",
+    "folder",
+    "load",
+    "nearest_config",
+    "override",
+    "slug",
+    "user_folder",
+    "verified",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,10 @@ class Config:
     block_d: int
     num_warps: int
     num_stages: int
+
+    def with_rows(self, block_m: int) -> Config:
+        """The same with fewer rows per program."""
+        return replace(self, block_m=min(self.block_m, block_m))
 
     def to_dict(self) -> dict[str, int]:
         """For JSON."""
@@ -70,6 +87,21 @@ def user_folder() -> Path:
 
 
 @functools.cache
+def _content(device_name: str) -> tuple[Path, dict[str, Any]] | None:
+    for place in (user_folder(), folder()):
+        path = place / f"{slug(device_name)}.json"
+        if path.is_file():
+            content = json.loads(path.read_text())
+            _parse(path, content)
+            return path, content
+    return None
+
+
+def clear_cache() -> None:
+    """Read the files again."""
+    _content.cache_clear()
+
+
 def load(device_name: str) -> dict[int, Config]:
     """Measured configurations of a device by the largest padded dim that they serve; empty if there are none.
 
@@ -79,11 +111,66 @@ def load(device_name: str) -> dict[int, Config]:
     Raises:
         ValueError: a file is there and is not what ``vqkernels tune`` writes.
     """
-    for place in (user_folder(), folder()):
-        path = place / f"{slug(device_name)}.json"
-        if path.is_file():
-            return _parse(path, json.loads(path.read_text()))
-    return {}
+    found = _content(device_name)
+    return {} if found is None else _parse(*found)
+
+
+def verified(device_name: str) -> dict[str, str] | None:
+    """Commit, date and versions of the green `make gpu` on this kind of GPU, or ``None`` if none is on record.
+
+    With it, ``backend="auto"`` chooses the Triton kernels there.
+    """
+    found = _content(device_name)
+    record = None if found is None else found[1].get("verified")
+    return record if isinstance(record, dict) else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest backend for a call, and what it was measured against.
+
+    Attributes:
+        backend: its name.
+        milliseconds: of every backend that was measured, by name.
+        rule: the sizes that the measurement stands for.
+    """
+
+    backend: str
+    milliseconds: dict[str, float]
+    rule: str
+
+    @property
+    def why(self) -> str:
+        """For :func:`vqkernels.explain`."""
+        times = ", ".join(f"{name} {ms:g} ms" for name, ms in sorted(self.milliseconds.items(), key=lambda p: p[1]))
+        return f"measured for {self.rule or 'every size'}: {times}"
+
+
+def choice(device_name: str, op: str, rows: int, codes: int, dim: int) -> Choice | None:
+    """The measured table's choice for a call, or ``None`` if there is no table, or nothing in it about such sizes.
+
+    The file of a device may have ``"auto": {op: [rule, ...]}``; the first rule that fits counts. A rule has
+    ``"backend"``, ``"milliseconds": {backend: ms}``, and bounds ``"rows"``, ``"codes"`` and ``"dim"``, each
+    ``[least, most]`` and none of them obligatory.
+
+    Raises:
+        ValueError: the table is not what it should be.
+    """
+    found = _content(device_name)
+    if found is None:
+        return None
+    path, content = found
+    sizes = {"rows": rows, "codes": codes, "dim": dim}
+    try:
+        for rule in content.get("auto", {}).get(op, []):
+            bounds = {name: rule[name] for name in sizes if name in rule}
+            if all(least <= sizes[name] <= most for name, (least, most) in bounds.items()):
+                times = {str(name): float(ms) for name, ms in rule["milliseconds"].items()}
+                text = ", ".join(f"{least} to {most} {name}" for name, (least, most) in bounds.items())
+                return Choice(str(rule["backend"]), times, text)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f'{path}: the table "auto" for {op} is malformed ({e!r}); remove it') from e
+    return None
 
 
 def _parse(path: Path, content: Any) -> dict[int, Config]:

@@ -1,4 +1,4 @@
-"""``codebook_sum`` on the C++ kernel of csrc/cpu/codebook_sum.cpp: counting sort, then chunked sums.
+"""``codebook_sum`` on the kernels of csrc/cpu/codebook_sum.cpp and csrc/cuda/codebook_sum.cu: sort, then chunked sums.
 
 Called by ``dispatch``.
 """
@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from vqkernels import _native
+from vqkernels import _cuda, _native
 
 
 def supports(x: Tensor, indices: Tensor, num_codes: int) -> str | None:
@@ -19,18 +19,35 @@ def supports(x: Tensor, indices: Tensor, num_codes: int) -> str | None:
         return f"dtype {x.dtype} is not one of float32, float64, float16, bfloat16"
     if indices.numel() >= 2**31:
         return f"{indices.numel()} rows; native row ids are 32-bit"
-    return None
+    return _cuda.unsupported(x)
 
 
 def run(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """The library fills both results, zeros of unused codes included."""
     h, d = x.shape[0], x.shape[3]
-    sums = torch.empty((h, num_codes, d), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    counts = torch.empty((h, num_codes), dtype=torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = torch.empty((h, num_codes, d), dtype=dtype, device=x.device)
+    counts = torch.empty((h, num_codes), dtype=torch.float32, device=x.device)
     if counts.numel() == 0:
         return sums, counts
     indices = indices.contiguous()
     rows = _native.rows(x)
+    if _cuda.serves(x):
+        lib = _cuda.lib()
+        workspace = _cuda.workspace(x, lib.vqk_cuda_codebook_sum_workspace(ctypes.byref(rows), num_codes))
+        with _cuda.on_device(x):
+            _cuda.check(
+                lib.vqk_cuda_codebook_sum(
+                    ctypes.byref(rows),
+                    _native.int64_pointer(indices),
+                    num_codes,
+                    sums.data_ptr(),
+                    _native.float_pointer(counts),
+                    workspace.data_ptr(),
+                    *_cuda.stream(x),
+                )
+            )
+        return sums, counts
     _native.check(
         _native.lib().vqk_cpu_codebook_sum(
             ctypes.byref(rows),

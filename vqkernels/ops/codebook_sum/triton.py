@@ -16,7 +16,7 @@ from vqkernels import _triton
 from vqkernels.ops.codebook_sum import CHUNK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys", "num_rows", "inner"])
 def _chunk_sums(
     x, x_head, x_batch, x_row, x_dim, order, owners, edges, first_chunk, partial, num_keys, num_rows, inner, dim,
     CHUNK: tl.constexpr, DOUBLE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -85,7 +85,7 @@ def run(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     block = min(128, _triton.power_of_two(d))
     with _triton.on_device(x):
         _chunk_sums[(most, max(1, _triton.ceil_div(d, block)))](
-            x, *x.stride(), order, owners, edges, first_chunk, partial, keys, n, s, d,
+            x, *_triton.strides(x), order, owners, edges, first_chunk, partial, keys, n, s, d,
             CHUNK=CHUNK, DOUBLE=double, BLOCK_D=block, num_warps=1,
         )  # fmt: skip
         _merge_chunks[(keys, max(1, _triton.ceil_div(d, block)))](

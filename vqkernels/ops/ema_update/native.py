@@ -1,4 +1,4 @@
-"""``ema_update`` on the C++ kernel of csrc/cpu/ema_update.cpp: one pass over the state.
+"""``ema_update`` on the kernels of csrc/cpu/ema_update.cpp and csrc/cuda/ema_update.cu: one pass over the state.
 
 Called by ``dispatch``.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqkernels import _native
+from vqkernels import _cuda, _native
 
 
 def supports(
@@ -25,7 +25,7 @@ def supports(
     for name, state in (("cluster_size", cluster_size), ("embed_avg", embed_avg), ("codebook", codebook)):
         if state.dtype != torch.float32 or not state.is_contiguous():
             return f"{name} is {state.dtype} with strides {state.stride()}, not contiguous float32"
-    return None
+    return _cuda.unsupported(codebook)
 
 
 def run(
@@ -42,6 +42,22 @@ def run(
     if codebook.numel() == 0:
         return
     counts, sums = counts.float().contiguous(), sums.float().contiguous()
+    if _cuda.serves(codebook):
+        lib = _cuda.lib()
+        workspace = _cuda.workspace(codebook, lib.vqk_cuda_ema_update_workspace(*codebook.shape[:2]))
+        with _cuda.on_device(codebook):
+            _cuda.check(
+                lib.vqk_cuda_ema_update(
+                    *map(_native.float_pointer, (cluster_size, embed_avg, codebook, counts, sums)),
+                    *codebook.shape,
+                    decay,
+                    eps,
+                    int(normalize),
+                    workspace.data_ptr(),
+                    *_cuda.stream(codebook),
+                )
+            )
+        return
     _native.check(
         _native.lib().vqk_cpu_ema_update(
             *map(_native.float_pointer, (cluster_size, embed_avg, codebook, counts, sums)),

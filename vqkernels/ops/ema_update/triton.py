@@ -14,7 +14,7 @@ from torch import Tensor
 from vqkernels import _triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_codes"])
 def _update(
     smoothed, embed_avg, codebook, sums, decay, rest, num_codes, dim,
     NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -14,7 +14,7 @@ from torch import Tensor
 from vqkernels import _triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "inner", "num_codes"])
 def _gather(
     codebook, e_head, e_code, e_dim, indices, out, o_head, o_batch, o_row, o_dim, num_rows, inner, num_codes, dim,
     DOUBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -53,7 +53,7 @@ def run(codebook: Tensor, indices: Tensor, channel_first: bool, dtype: torch.dty
     block_m = max(1, 2048 // block_d)
     with _triton.on_device(codebook):
         _gather[(_triton.ceil_div(b * s, block_m), _triton.ceil_div(d, block_d), h)](
-            codebook, *codebook.stride(), indices, rows, *rows.stride(), b * s, s, k, d,
+            codebook, *_triton.strides(codebook), indices, rows, *_triton.strides(rows), b * s, s, k, d,
             DOUBLE=out.dtype == torch.float64, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return out

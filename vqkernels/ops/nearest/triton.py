@@ -1,8 +1,8 @@
 """``nearest`` on Triton kernels: exact, no N x K, no host synchronisation, so that it can be captured in a CUDA graph.
 
 Called by ``dispatch``. Screen in float16 on the tensor cores with a rigorous bound, list the codes that the bound
-cannot tell apart, decide those in float64. Codes are packed anew on every call (O(K*D)): to learn that a codebook is
-unchanged takes a synchronisation, and versions miss writes through ``.data``.
+cannot tell apart, decide those in float64. Codes are packed anew on every call, in three launches (docs/gpu.md counts
+what a cache would save, and what it would cost).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqkernels import _triton, tuned
-from vqkernels._triton import nearest_pack, nearest_search
+from vqkernels._triton import nearest_pack, nearest_search, selftest
 
 # Elements of packed rows that are alive at a time: 128 MB in float16, whatever N is.
 SCRATCH_ELEMENTS = 2**26
@@ -30,7 +30,13 @@ COLLECT_ROWS = 32
 SCAN_ROWS = 8
 # Programs that fill a GPU about twice; below it the codes are split as well.
 PROGRAMS = 264
-MOST_SPLITS = 64
+MOST_SPLITS = 128
+# Up to this many rows: no sort, splits merged where they are read, lists decided by one kernel. Four launches in all.
+FEW_ROWS = 2048
+# Codes that the centre is the mean of, and codes per program that measures them.
+SAMPLE = 1024
+STATS_CODES = 32
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
@@ -46,7 +52,12 @@ def describe(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
     plan = _plan(x, codebook)
     where = "interpreted" if _triton.interpreted() else "float16 screen"
-    return f"{where}, tiles of {plan.config.block_m} rows x {plan.config.block_n} codes x {plan.config.block_d} dims"
+    shape = f"tiles of {plan.config.block_m} rows x {plan.config.block_n} codes x {plan.config.block_d} dims"
+    found = selftest.verdicts()
+    verdicts = [found[x.device, probe] for probe in _probes(plan) if (x.device, probe) in found]
+    if any(not verdict.holds for verdict in verdicts):
+        return "float64 scan: the self-test of the tensor cores failed, the screen is off"
+    return f"{where}, {shape}, self-test {'passed' if len(verdicts) == 2 else 'before the first search'}"
 
 
 class _Plan(NamedTuple):
@@ -63,6 +74,8 @@ def _plan(x: Tensor, codebook: Tensor) -> _Plan:
     split = d <= SPLIT_DIMS
     wanted = max(16, _triton.power_of_two(3 * d if split else d))
     config = tuned.nearest_config(wanted, torch.cuda.get_device_name(x.device) if x.is_cuda else "")
+    # Few rows: no more of them in a tile than there are, in the sizes that tensor cores have instructions for.
+    config = config.with_rows(16 if b * s <= 16 else 64 if b * s <= 64 else config.block_m)
     block_d = min(config.block_d, wanted)
     padded_dim = _triton.ceil_div(3 * d if split else d, block_d) * block_d
     tiles = _triton.ceil_div(codebook.shape[1], config.block_n)
@@ -71,10 +84,13 @@ def _plan(x: Tensor, codebook: Tensor) -> _Plan:
     return _Plan(config, split, padded_dim, block_d, tiles, min(fit, b * s))
 
 
-def _accumulation(padded_dim: int) -> float:
-    """Twice the bound A of a float16 product on tensor cores, by the larger (Ampere's) of the published constants."""
-    steps = padded_dim // 8
-    return 2.0 * steps * (9 * 2.0**-24 + 2.0**-23) * (1 + 2.0**-20)
+def _probes(plan: _Plan) -> tuple[selftest.Probe, selftest.Probe]:
+    """The products of a search: the screen's and the collection's."""
+    c, resident = plan.config, plan.block_d == plan.padded_dim
+    return (
+        selftest.Probe(c.block_m, c.block_n, plan.block_d, resident, c.num_warps, c.num_stages),
+        selftest.Probe(COLLECT_ROWS, c.block_n, plan.block_d, resident, 8, 2),
+    )
 
 
 class _Codes(NamedTuple):
@@ -87,37 +103,43 @@ class _Codes(NamedTuple):
     bounds: Tensor
 
 
-def _pack(codebook: Tensor, metric: int, plan: _Plan, keep: float) -> _Codes:
-    h, k, d = codebook.shape
-    device = codebook.device
+def _measure(x: Tensor, codebook: Tensor, metric: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre, per code its largest element or mark, norms for "cosine", and per program the largest of all."""
+    (h, k, d), device = codebook.shape, codebook.device
+    strides = _triton.strides(codebook)
+    centre = torch.empty((h, d), dtype=torch.float32, device=device)
     if metric == 0:
-        # Any centre is right, this one makes the numbers small: a mean spoilt by a NaN is replaced by 0.
-        centre = codebook.mean(1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
-    else:
-        centre = torch.zeros((h, d), dtype=torch.float32, device=device)
-    block = 32
-    step = min(64, _triton.power_of_two(d))
+        every = _triton.ceil_div(k, SAMPLE)
+        nearest_pack.code_centre[(_triton.ceil_div(d, 32), h)](
+            codebook, *strides, centre, k, every, _triton.ceil_div(k, every), d,
+            HALF=x.dtype in HALVES and codebook.dtype in HALVES, BLOCK_N=64, BLOCK_D=32, num_warps=4,
+        )  # fmt: skip
+    blocks = _triton.ceil_div(k, STATS_CODES)
     largest = torch.empty((h, k), dtype=torch.float32, device=device)
     norms = torch.empty((h, k if metric == 1 else 1), dtype=torch.float64, device=device)
-    strides = codebook.stride()
-    nearest_pack.code_stats[(_triton.ceil_div(k, block), h)](
-        codebook, *strides, centre, largest, norms, k, d,
-        METRIC=metric, BLOCK_N=block, BLOCK_D=step, num_warps=4, enable_fp_fusion=False,
+    tops = torch.empty((h, blocks), dtype=torch.float32, device=device)
+    nearest_pack.code_stats[(blocks, h)](
+        codebook, *strides, centre, largest, norms, tops, k, d,
+        METRIC=metric, BLOCK_N=STATS_CODES, BLOCK_D=min(64, _triton.power_of_two(d)), num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
-    top = largest.clamp(min=0.0).amax(1)
-    scan = ((largest == -2.0).any(1) | ((top > 0) & (top < 2.0**-60))).to(torch.int32)
-    if metric == 1:
-        exponent = torch.full((h,), 14, dtype=torch.int32, device=device)
-    else:
-        exponent = (15 - torch.frexp(top)[1]).clamp(-120, 100).to(torch.int32)
+    return centre, largest, norms, tops
+
+
+def _pack(x: Tensor, codebook: Tensor, metric: int, plan: _Plan, keep: float) -> _Codes:
+    (h, k, d), device = codebook.shape, codebook.device
+    centre, largest, norms, tops = _measure(x, codebook, metric)
+    exponent = torch.empty((h,), dtype=torch.int32, device=device)
+    scan = torch.empty((h,), dtype=torch.int32, device=device)
     n = plan.config.block_n
     packed = torch.empty((h, plan.tiles * n, plan.padded_dim), dtype=torch.float16, device=device)
     bias = torch.empty((h, plan.tiles * n), dtype=torch.float32, device=device)
     bounds = torch.empty((h, plan.tiles, 3), dtype=torch.float32, device=device)
     nearest_pack.pack_codes[(plan.tiles, h)](
-        codebook, *strides, centre, largest, norms, exponent, packed, bias, bounds, k, d, plan.padded_dim, plan.tiles,
-        _accumulation(plan.padded_dim), keep,
-        METRIC=metric, SPLIT=plan.split, BLOCK_N=n, BLOCK_D=min(32, plan.block_d), num_warps=4, enable_fp_fusion=False,
+        codebook, *_triton.strides(codebook), centre, largest, norms, tops, exponent, scan, packed, bias, bounds,
+        k, tops.shape[1], d, plan.padded_dim, plan.tiles, 2.0 * selftest.published(plan.padded_dim), keep,
+        METRIC=metric, SPLIT=plan.split, BLOCK_N=n, BLOCK_D=min(32, plan.block_d), BLOCK=1024, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return _Codes(centre, exponent, scan, norms, packed, bias, bounds)
 
@@ -130,11 +152,28 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
         return indices, score
     with _triton.on_device(x):
         plan = _plan(x, codebook)
+        if not selftest.holds(x.device, *_probes(plan)):
+            _scan_all(x, codebook, METRICS[metric], indices, score)
+            return indices, score
         keep = 1.0 if precision == "exact" else 0.0
-        codes = _pack(codebook, METRICS[metric], plan, keep)
+        codes = _pack(x, codebook, METRICS[metric], plan, keep)
         for first in range(0, x.shape[1] * x.shape[2], plan.chunk):
             _search(x, codebook, METRICS[metric], plan, codes, keep, first, indices, score)
     return indices, score
+
+
+def _scan_all(x: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
+    """Every row against every code in float64: what is left where tensor cores cannot be trusted."""
+    (h, b, s, d), k = x.shape, codebook.shape[1]
+    norms = _measure(x, codebook, metric)[2]
+    for first in range(0, b * s, CHUNK_ROWS):
+        rows = min(CHUNK_ROWS, b * s - first)
+        count = torch.full((h, rows), CAPACITY + 1, dtype=torch.int32, device=x.device)
+        nearest_search.scan[(_triton.ceil_div(rows, SCAN_ROWS), h)](
+            x, *_triton.strides(x), codebook, *_triton.strides(codebook), norms, count, indices, score,
+            first, rows, b * s, s, k, d, 1, SCAN_ROWS,
+            METRIC=metric, CAPACITY=CAPACITY, BLOCK=128, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _search(
@@ -156,8 +195,8 @@ def _search(
     info = torch.empty((h, 5, rows), dtype=torch.float32, device=device)
     pack_block = 32
     nearest_pack.pack_rows[(_triton.ceil_div(rows, pack_block), h)](
-        x, *x.stride(), codes.centre, codes.exponent, codes.scan, packed, info, first, rows, n, s, d, plan.padded_dim,
-        keep,
+        x, *_triton.strides(x), codes.centre, codes.exponent, codes.scan, packed, info, first, rows, n, s, d,
+        plan.padded_dim, keep,
         METRIC=metric, SPLIT=plan.split, BLOCK_M=pack_block, BLOCK_D=min(32, plan.block_d), num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -166,6 +205,7 @@ def _search(
     splits = max(1, min(PROGRAMS // (blocks * h), MOST_SPLITS, plan.tiles))
     per_split = _triton.ceil_div(plan.tiles, splits)
     splits = _triton.ceil_div(plan.tiles, per_split)
+    wide = _triton.power_of_two(splits)
     part = torch.empty((h, splits, 4, rows), dtype=torch.float32, device=device)
     shape = {
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_D": plan.block_d,
@@ -176,22 +216,35 @@ def _search(
         **shape, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
 
-    threshold = torch.empty((h, rows), dtype=torch.float32, device=device)
-    key = torch.empty((h, rows), dtype=torch.int32, device=device)
-    nearest_search.merge[(_triton.ceil_div(rows, 128), h)](
-        part, info, threshold, key, rows, plan.tiles, splits, BLOCK=128, num_warps=4
-    )
-    keys, order = key.sort(dim=1, stable=True)
-    listed = torch.empty((h, rows, CAPACITY), dtype=torch.int32, device=device)
-    count = torch.empty((h, rows), dtype=torch.int32, device=device)
-    nearest_search.collect[(_triton.ceil_div(rows, COLLECT_ROWS), h)](
-        packed, info, codes.packed, codes.bias, codes.bounds, threshold, keys, order, listed, count, rows,
-        plan.padded_dim, plan.tiles,
-        **(shape | {"BLOCK_M": COLLECT_ROWS}), CAPACITY=CAPACITY, num_warps=8, num_stages=2,
+    few = n <= FEW_ROWS
+    if few:  # what only the sorted form reads is not there
+        threshold, keys, order = part, part, part
+    else:
+        threshold = torch.empty((h, rows), dtype=torch.float32, device=device)
+        key = torch.empty((h, rows), dtype=torch.int32, device=device)
+        block = max(4, 128 // wide)
+        nearest_search.merge[(_triton.ceil_div(rows, block), h)](
+            part, info, threshold, key, rows, plan.tiles, splits, SPLITS=wide, BLOCK=block, num_warps=4
+        )
+        keys, order = key.sort(dim=1, stable=True)
+    listed = torch.empty((h, splits, rows, CAPACITY), dtype=torch.int32, device=device)
+    count = torch.empty((h, splits, rows), dtype=torch.int32, device=device)
+    nearest_search.collect[(_triton.ceil_div(rows, COLLECT_ROWS), splits, h)](
+        packed, info, codes.packed, codes.bias, codes.bounds, part, threshold, keys, order, listed, count, rows,
+        plan.padded_dim, plan.tiles, per_split, splits,
+        **(shape | {"BLOCK_M": COLLECT_ROWS}), SPLITS=wide if few else 0, CAPACITY=CAPACITY, num_warps=8, num_stages=2,
     )  # fmt: skip
 
-    values = (x, *x.stride(), codebook, *codebook.stride(), codes.norms)
-    sizes = (first, rows, n, s, k, d)
+    values = (x, *_triton.strides(x), codebook, *_triton.strides(codebook), codes.norms)
+    sizes = (first, rows, n, s, k, d, splits)
+    if few:
+        lanes = wide * CAPACITY
+        nearest_search.resolve[(rows, h)](
+            *values, listed, count, indices, score, *sizes,
+            METRIC=metric, CAPACITY=CAPACITY, BLOCK=max(128, lanes), num_warps=8 if lanes > 512 else 4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        return
     nearest_search.decide[(_triton.ceil_div(rows, 32), h)](
         *values, listed, count, indices, score, *sizes,
         METRIC=metric, CAPACITY=CAPACITY, BLOCK=32, num_warps=1, enable_fp_fusion=False,

@@ -1,4 +1,4 @@
-"""``quantize_grad`` on the C++ kernel of csrc/cpu/quantize_grad.cpp: one pass over the rows.
+"""``quantize_grad`` on the kernels of csrc/cpu/quantize_grad.cpp and csrc/cuda/quantize_grad.cu: one pass, any layout.
 
 Called by ``dispatch``.
 """
@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from vqkernels import _native
+from vqkernels import _cuda, _native
 
 
 def supports(
@@ -26,7 +26,7 @@ def supports(
     for name, tensor in (("grad", grad), ("z", z), ("codebook", codebook)):
         if tensor.dtype not in _native.DTYPES:
             return f"{name} is {tensor.dtype}, not one of float32, float64, float16, bfloat16"
-    return None
+    return _cuda.unsupported(z)
 
 
 def run(
@@ -40,12 +40,29 @@ def run(
 ) -> Tensor:
     """Write dz straight into the layout that was asked for."""
     h, b, s, d = z.shape
-    out = torch.empty((h, b, d, s) if channel_first else (h, b, s, d), dtype=z.dtype)
+    out = torch.empty((h, b, d, s) if channel_first else (h, b, s, d), dtype=z.dtype, device=z.device)
     if out.numel() == 0:
         return out
     indices = indices.contiguous()
     rows = _native.rows(out.transpose(2, 3) if channel_first else out)
     grads, inputs, codes = _native.rows(grad), _native.rows(z), _native.codes(codebook)
+    if _cuda.serves(z):
+        # Where it lies: to read a value that is on a GPU would wait for it.
+        c = commitment.to(device=z.device, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+        with _cuda.on_device(z):
+            _cuda.check(
+                _cuda.lib().vqk_cuda_quantize_grad(
+                    ctypes.byref(grads),
+                    ctypes.byref(inputs),
+                    ctypes.byref(codes),
+                    _native.int64_pointer(indices),
+                    c.data_ptr(),
+                    _native.GRADIENTS[gradient],
+                    ctypes.byref(rows),
+                    *_cuda.stream(z),
+                )
+            )
+        return out
     _native.check(
         _native.lib().vqk_cpu_quantize_grad(
             ctypes.byref(grads),

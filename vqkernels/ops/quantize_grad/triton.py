@@ -24,7 +24,7 @@ def _load(x_start, d, dim, x_dim, ok, DOUBLE: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "inner", "num_codes"])
 def _backward(
     grad, g_head, g_batch, g_row, g_dim, z, z_head, z_batch, z_row, z_dim, codebook, e_head, e_code, e_dim,
     indices, commitment, out, o_head, o_batch, o_row, o_dim, num_rows, inner, num_codes, dim,
@@ -118,8 +118,8 @@ def run(
     block_m = max(1, 512 // block_d)  # more spills registers in the rotation
     with _triton.on_device(z):
         _backward[(_triton.ceil_div(b * s, block_m), h)](
-            grad, *grad.stride(), z, *z.stride(), codebook, *codebook.stride(), indices,
-            c, rows, *rows.stride(), b * s, s, codebook.shape[1], d,
+            grad, *_triton.strides(grad), z, *_triton.strides(z), codebook, *_triton.strides(codebook), indices,
+            c, rows, *_triton.strides(rows), b * s, s, codebook.shape[1], d,
             GRADIENT=GRADIENTS[gradient], DOUBLE=double, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return out

@@ -1,0 +1,32 @@
+"""The problems measured on a GPU: the sizes at which the models are trained and used there.
+
+Used by ``gpu_stages``; like ``cases``, without importing torch.
+"""
+
+from __future__ import annotations
+
+from benchmarks.cases import Case
+
+__all__ = ["BY_NAME", "FEW", "FEW_ROWS", "MEMORY", "SEARCH", "TRAIN", "UPDATE"]
+
+CASES = (
+    Case("vqgan", "VQGAN", (65536,), 16384, 256, source="vqgan_imagenet_f16_16384, 256 images"),
+    Case("vqgan-init", "VQGAN, first step", (65536,), 16384, 256, codebook="uniform", source="the same, U(-1/K, 1/K)"),
+    Case("vqgan-bf16", "VQGAN, bfloat16", (65536,), 16384, 256, source="the same under AMP", dtype="bfloat16"),
+    Case("llamagen", "LlamaGen", (65536,), 16384, 8, "cosine", source="LlamaGen VQ-16, 256 images"),
+    Case("var", "VAR", (65536,), 4096, 32, source="VAR vae_ch160v4096z32, 96 images"),
+    Case("encodec", "EnCodec, 1 level", (640, 75), 1024, 128, channel_first=True, source="encodec_24khz, 640 x 1 s"),
+    Case("mimi", "Mimi, 1 level", (20000,), 2048, 256, source="kyutai/mimi, 1600 s"),
+    Case("ibq", "IBQ", (65536,), 262144, 256, source="SEED-Voken IBQ 262144, 256 images"),
+    Case("ibq-1024", "IBQ, 4 images", (1024,), 262144, 256, source="SEED-Voken IBQ 262144, 4 images"),
+    Case("cifar", "VQ-VAE CIFAR", (32, 8, 8), 512, 64, channel_first=True, source="sonnet vqvae_example.ipynb"),
+)
+BY_NAME = {case.name: case for case in CASES}
+# The most telling first: a run that is cut short has measured those.
+SEARCH = ("vqgan", "llamagen", "ibq-1024", "var", "encodec", "mimi", "vqgan-bf16", "vqgan-init", "ibq")
+UPDATE = ("vqgan", "llamagen")
+TRAIN = ("vqgan", "llamagen", "encodec", "cifar")
+MEMORY = ("vqgan", "llamagen")
+# Streaming: so few rows that launches are all there is.
+FEW = Case("few", "Mimi streaming", (1,), 2048, 256, source="kyutai/mimi, one frame per stream")
+FEW_ROWS = (1, 4, 16, 64)

@@ -1,0 +1,108 @@
+"""Builds the CUDA kernels for the host and runs the files hosted_*.py with them; reads what nvcc's library contains.
+
+Called by test_cuda_host.py, test_cuda_library.py and `make asan`. A file hosted_<what>.py holds ordinary tests: in its
+process, ``backend="native"`` sends CPU tensors to the kernels of csrc/cuda, executed by csrc/cuda/host_execution.cpp.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vqkernels import _cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(Path(__file__).parent.glob("hosted_*.py"))
+# Orders of execution: ascending, then three mixtures of random, eager and starving threads.
+SEEDS = (0, 1, 2, 3)
+
+
+@functools.cache
+def build(sanitize: bool = False) -> Path:
+    """The folder with ``libvqk_cuda_host.so`` and ``vqk_portable_selftest``, up to date."""
+    folder = ROOT / "build" / ("cuda_host_asan" if sanitize else "cuda_host")
+    tools = Path(sys.executable).parent
+    cmake = shutil.which("cmake", path=f"{tools}{os.pathsep}{os.environ.get('PATH', '')}")
+    if cmake is None or shutil.which("c++") is None:
+        pytest.skip("cmake or a C++ compiler is missing")
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
+    flags = [f"-DVQK_SANITIZE={'ON' if sanitize else 'OFF'}", "-DVQK_CUDA_HOST=ON"]
+    targets = ["--target", "vqk_cuda_host", "vqk_portable_selftest"]
+    for command in (["-S", ROOT / "csrc", "-B", folder, *flags], ["--build", folder, "--parallel", "2", *targets]):
+        done = subprocess.run([cmake, *command], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def run_hosted(path: Path) -> str:
+    """Run the tests of a file on the host-executed kernels; what pytest printed."""
+    library = str(build() / "libvqk_cuda_host.so")
+    environment = os.environ | {"VQKERNELS_CUDA_LIBRARY": library, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def set_seed(seed: int) -> None:
+    """Choose the order in which the hosted kernels' threads run."""
+    import ctypes
+
+    function = _cuda.lib().vqk_cuda_host_seed
+    function.restype, function.argtypes = None, [ctypes.c_uint64]
+    function(seed)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one kernel takes on one architecture."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    local: int
+
+
+def installed() -> Path:
+    """The library that nvcc built, or a skip (a failure with ``VQKERNELS_REQUIRE_CUDA=1``)."""
+    try:
+        return _cuda.path()
+    except OSError as e:
+        if os.environ.get("VQKERNELS_REQUIRE_CUDA") == "1":
+            pytest.fail(f"VQKERNELS_REQUIRE_CUDA is set, and {e}")
+        pytest.skip(str(e))
+
+
+def cuobjdump(*arguments: str) -> str:
+    """The output of cuobjdump, of CUDA or of Triton's wheel."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="neither CUDA's cuobjdump nor Triton's")
+        tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """Every kernel in the library, once per architecture."""
+    found, arch = [], ""
+    name = ""
+    for line in cuobjdump("-res-usage", str(installed())).splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\w+):", line):
+            name = match[1]
+        elif "REG:" in line:
+            used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+            found.append(Kernel(name, arch, used["REG"], used["STACK"], used["LOCAL"]))
+    return tuple(found)

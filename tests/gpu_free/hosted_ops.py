@@ -1,0 +1,185 @@
+"""``lookup``, ``codebook_sum``, ``quantize_grad`` and ``ema_update`` of csrc/cuda, on the host, in several orders.
+
+Run by test_cuda_host.py, and by `make asan` with a library that ASan and UBSan watch.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cuda_host import SEEDS, set_seed
+from torch import Tensor
+
+import vqkernels
+from vqkernels import _cuda, ops
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LAYOUTS = ("rows", "channel_first", "sliced")
+# H, B, S, D and K: around tiles of 32 x 32, lanes of 8 and 16, and blocks of 256
+SIZES = ((1, 1, 1, 1, 1), (2, 3, 7, 5, 9), (1, 2, 33, 130, 3), (3, 1, 40, 16, 300), (1, 70, 1, 47, 31))
+
+
+@pytest.fixture(autouse=True)
+def _order(request: pytest.FixtureRequest) -> None:
+    """One order per test, so that all of them are met."""
+    assert _cuda.hosted(), "VQKERNELS_CUDA_LIBRARY must name libvqk_cuda_host.so"
+    set_seed(SEEDS[zlib.crc32(request.node.name.encode()) % len(SEEDS)])
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Calls an op of the native backend on the kernels of csrc/cpu."""
+
+    def call(op: Callable[..., Any], *args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(_cuda, "serves", lambda tensor: False)
+            return op(*args, "native")
+
+    return call
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides."""
+    if layout == "channel_first":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "sliced":
+        return torch.stack([x, x + 1], -1)[..., 0]
+    return x
+
+
+def case(sizes: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, codes and indices of which some are -1."""
+    h, b, s, d, k = sizes
+    indices = torch.randint(-1, k, (h, b, s))
+    x, codes = torch.randn(h, b, s, d).to(dtype), torch.randn(h, k, d).to(dtype)
+    return laid_out(x, layout), laid_out(codes, layout), indices
+
+
+def same(found: Any, expected: Any) -> bool:
+    """The same bits, dtypes and strides."""
+    pairs = zip(*((t,) if isinstance(t, Tensor) else t for t in (found, expected)), strict=True)
+    return all(a.dtype == b.dtype and a.stride() == b.stride() and a.equal(b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_lookup_gathers_and_converts(sizes: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    _, codes, indices = case(sizes, dtype, layout)
+    for channel_first in (False, True):
+        for out in (None, torch.float32, torch.bfloat16):
+            expected = ops.lookup(codes, indices, channel_first, out, "reference")
+            assert same(ops.lookup(codes, indices, channel_first, out, "native"), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_codebook_sum_has_the_bits_of_the_cpu_and_the_reference(
+    sizes: tuple[int, ...], dtype: torch.dtype, layout: str, on_cpu: Callable[..., Any]
+) -> None:
+    x, codes, indices = case(sizes, dtype, layout)
+    found = ops.codebook_sum(x, indices, codes.shape[1], "native")
+    assert same(found, ops.codebook_sum(x, indices, codes.shape[1], "reference"))
+    assert same(found, on_cpu(ops.codebook_sum, x, indices, codes.shape[1]))
+
+
+# Around chunks of 256 rows, blocks of 2048 keys, and one to three passes of the sort.
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("n", "k", "d", "share"),
+    [
+        (1, 1, 1, 1.0),
+        (255, 3, 2, 0.0),
+        (256, 1, 2, 1.0),
+        (257, 2, 5, 0.9),
+        (2049, 300, 3, 0.9),
+        (2500, 1000, 1, 0.9),
+        (4100, 5, 2, 0.3),
+        (40, 66000, 2, 0.5),
+    ],
+)
+def test_codebook_sum_survives_a_code_that_owns_most_rows(n: int, k: int, d: int, share: float, seed: int) -> None:
+    set_seed(seed)
+    indices = torch.randint(-1, k, (1, 1, n))
+    indices[:, :, : int(share * n)] = k - 1
+    indices = indices[:, :, torch.randperm(n)]
+    x = torch.randn(1, 1, n, d)
+    assert same(ops.codebook_sum(x, indices, k, "native"), ops.codebook_sum(x, indices, k, "reference"))
+
+
+def test_codebook_sum_without_rows_is_zero() -> None:
+    for sums, counts in (
+        ops.codebook_sum(torch.randn(2, 0, 3, 5), torch.zeros(2, 0, 3, dtype=torch.int64), 7, "native"),
+        ops.codebook_sum(torch.randn(2, 2, 3, 5), torch.full((2, 2, 3), -1), 7, "native"),
+    ):
+        assert sums.shape == (2, 7, 5)
+        assert not sums.any()
+        assert not counts.any()
+
+
+@pytest.mark.parametrize("wrong", [-2, 4, 2**40, -(2**63), 2**63 - 1])
+def test_indices_out_of_range_are_no_codes(wrong: int) -> None:
+    # A check would wait for the device; what must not happen is an access out of bounds.
+    x, codes, indices = torch.randn(1, 1, 6, 8), torch.randn(1, 4, 8), torch.tensor([[[0, 3, -1, 2, wrong, 1]]])
+    expected = torch.where(indices == wrong, -1, indices)
+    one = torch.ones(())
+    assert same(
+        ops.lookup(codes, indices, False, None, "native"), ops.lookup(codes, expected, False, None, "reference")
+    )
+    assert same(ops.codebook_sum(x, indices, 4, "native"), ops.codebook_sum(x, expected, 4, "reference"))
+    found = ops.quantize_grad(x, x, codes, indices, one, "straight_through", False, "native")
+    assert same(found, ops.quantize_grad(x, x, codes, expected, one, "straight_through", False, "reference"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gradients_have_the_bits_of_the_cpu(
+    sizes: tuple[int, ...], dtype: torch.dtype, layout: str, on_cpu: Callable[..., Any]
+) -> None:
+    z, codes, indices = case(sizes, dtype, layout)
+    grad = laid_out(torch.randn(z.shape), "rows" if layout == "channel_first" else layout)
+    for gradient in ("straight_through", "rotation", "none"):
+        for channel_first in (False, True):
+            args = (grad, z, codes, indices, torch.tensor(0.7), gradient, channel_first)
+            assert same(ops.quantize_grad(*args, "native"), on_cpu(ops.quantize_grad, *args)), (gradient, channel_first)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("h", "k", "d"), [(1, 1, 1), (2, 33, 7), (1, 5000, 2), (3, 9, 40)])
+def test_moving_averages_have_the_bits_of_the_cpu(
+    h: int, k: int, d: int, normalize: bool, on_cpu: Callable[..., Any]
+) -> None:
+    # Integers and their halves add up exactly in any order, so that even the total has the CPU's bits.
+    size, counts = torch.randint(0, 50, (2, h, k)).float()
+    average, sums, codebook = torch.randn(3, h, k, d)
+    found, expected = ([t.clone() for t in (size, average, codebook)] for _ in range(2))
+    for _ in range(2):
+        ops.ema_update(*found, counts, sums, 0.5, 1e-5, normalize, "native")
+        on_cpu(ops.ema_update, *expected, counts, sums, 0.5, 1e-5, normalize)
+    assert same(found, expected)
+
+
+def test_moving_averages_keep_codes_that_nothing_is_known_about() -> None:
+    state = [torch.zeros(1, 3), torch.zeros(1, 3, 2), torch.randn(1, 3, 2)]
+    before = state[2].clone()
+    ops.ema_update(*state, torch.zeros(1, 3), torch.zeros(1, 3, 2), 0.9, 0.0, True, "native")
+    assert state[2].equal(before)
+
+
+def test_a_training_step_runs_on_the_hosted_kernels() -> None:
+    results = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(1)
+        vq = vqkernels.VectorQuantizer(16, 8, decay=0.9, gradient="rotation")
+        z = torch.randn(2, 8, 5, 3, requires_grad=True)
+        with vqkernels.use_backend(backend):
+            out = vq(z)
+            (out.quantized.square().sum() + out.loss).backward()
+        results.append([z.grad, *vq.state_dict().values()])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

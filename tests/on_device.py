@@ -1,0 +1,53 @@
+"""Runs the suite's op calls on another device: tests stay on the CPU, every op's tensors go there and come back.
+
+Called by tests/conftest.py when ``VQKERNELS_TEST_DEVICE`` names a device (`make gpu`: cuda). Strides and offsets are
+kept, so that the kernels see the layouts that the tests made.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from vqkernels import dispatch
+
+# "cpu:0" rehearses on copies on the CPU (with TRITON_INTERPRET=1 on Triton's kernels).
+DEVICE = os.environ.get("VQKERNELS_TEST_DEVICE", "cpu") or "cpu"
+KIND = DEVICE.partition(":")[0]
+
+
+def place(value: Any, device: str = DEVICE) -> Any:
+    """A tensor on the device with the strides that it has, over a copy of its storage; anything else unchanged."""
+    if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor:
+        return value
+    storage = value.detach().untyped_storage()
+    flat = torch.empty(0, dtype=value.dtype).set_(storage)
+    moved = flat.to(device, copy=True)
+    return torch.as_strided(moved, value.shape, value.stride(), value.storage_offset())
+
+
+def back(value: Any) -> Any:
+    """The same on the CPU, through tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    return type(value)(back(v) for v in value) if isinstance(value, tuple | list) else value
+
+
+def call(original: Any, op: str, backend: str, args: tuple[Any, ...], device: str = DEVICE) -> Any:
+    """``dispatch.call`` on the device; what a backend cannot run there, and could not on the CPU either, is skipped."""
+    if not all(a.device.type == "cpu" for a in args if isinstance(a, torch.Tensor)):
+        return original(op, backend, args)
+    there = tuple(place(a, device) for a in args)
+    name = dispatch.requested(backend)
+    chosen = next((b for b in dispatch.BACKENDS if b.name == name), None)
+    if chosen is not None and (reason := dispatch._reason(op, chosen, there)) is not None:
+        pytest.skip(f"{op}, {name} on {device}: {reason}")
+    result = original(op, backend, there)
+    schema = getattr(torch.ops.vqkernels, op).default._schema.arguments
+    for here, moved, argument in zip(args, there, schema, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            here.copy_(moved)
+    return back(result)

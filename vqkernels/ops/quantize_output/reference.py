@@ -1,0 +1,75 @@
+"""``quantize_output`` in pure PyTorch: a gather, then a sum over chunks of rows. Any device, any strides.
+
+Called by ``dispatch``, and with another gather by ``native``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vqkernels.ops.lookup import reference as lookup
+
+Gather = Callable[[Tensor, Tensor, bool, torch.dtype | None], Tensor]
+# Elements that a pass over both operands may hold at a time.
+CHUNK_ELEMENTS = 2**20
+
+
+def supports(
+    z: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor | None, masked: bool, channel_first: bool
+) -> str | None:
+    """Everything."""
+    return None
+
+
+def run(
+    z: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor | None, masked: bool, channel_first: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the contract in the package docstring."""
+    return _with(lookup.run, z, codebook, indices, distance, masked, channel_first)
+
+
+def _with(
+    gather: Gather,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    distance: Tensor | None,
+    masked: bool,
+    channel_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    quantized = gather(codebook, indices, channel_first, z.dtype)
+    if masked:
+        elements = (indices >= 0).sum(dtype=torch.float64) * z.shape[-1]
+    else:
+        elements = torch.full((), z.numel(), dtype=torch.float64, device=z.device)
+    weight = elements.clamp(min=1.0).reciprocal()
+    if distance is None:
+        # A half-precision output has lost digits of the codes: compare with the codes themselves.
+        wide = quantized.dtype == codebook.dtype or quantized.dtype == torch.float64
+        values = quantized if wide else gather(codebook, indices, channel_first, codebook.dtype)
+        total = _squared_error(z, values.transpose(-1, -2) if channel_first else values, indices)
+    else:
+        total = (torch.where(indices >= 0, distance, 0.0) if masked else distance).sum(dtype=torch.float64)
+    loss = (total * weight).to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    return quantized, loss, loss.clone(), weight
+
+
+def _squared_error(z: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """Sum of |z - e|^2 over the rows that have a code, float64, without an N x D temporary."""
+    h, b, s, d = z.shape
+    if z.numel() <= CHUNK_ELEMENTS:
+        return _chunk_error(z, values, indices)
+    step = max(1, CHUNK_ELEMENTS // (h * b * d))
+    total = torch.zeros((), dtype=torch.float64, device=z.device)
+    for i in range(0, s, step):
+        total += _chunk_error(z[:, :, i : i + step], values[:, :, i : i + step], indices[:, :, i : i + step])
+    return total
+
+
+def _chunk_error(z: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    error = (z.to(dtype) - values.to(dtype)).square().sum(-1)
+    return torch.where(indices >= 0, error, 0.0).sum(dtype=torch.float64)
