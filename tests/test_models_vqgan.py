@@ -287,6 +287,7 @@ def check_compiled(changes: dict[str, Any], backend: str) -> None:
         torch.testing.assert_close(x, y, msg=name)
 
 
+@pytest.mark.slow
 def test_forward_and_backward_compile_to_one_graph() -> None:
     changes = {"multipliers": (1,), "residual_levels": 2, "coarse_factor": 2, "quantizer": {"decay": 0.9}}
     check_compiled(changes | {"attention_factors": (1,)}, "aot_eager")
