@@ -3,11 +3,31 @@
 from vqkernels.dispatch import Unsupported, use_backend
 from vqkernels.functional import VQOutput, codebook_sum, explain, lookup, nearest, vector_quantize
 from vqkernels.info import info
-from vqkernels.nn.vector_quantizer import VectorQuantizer
+from vqkernels.nn import (
+    BSQ,
+    FSQ,
+    LFQ,
+    GroupedResidualVectorQuantizer,
+    MultiScaleVectorQuantizer,
+    RandomProjectionQuantizer,
+    ResidualVectorQuantizer,
+    SimVQ,
+    SplitResidualVectorQuantizer,
+    VectorQuantizer,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BSQ",
+    "FSQ",
+    "LFQ",
+    "GroupedResidualVectorQuantizer",
+    "MultiScaleVectorQuantizer",
+    "RandomProjectionQuantizer",
+    "ResidualVectorQuantizer",
+    "SimVQ",
+    "SplitResidualVectorQuantizer",
     "Unsupported",
     "VQOutput",
     "VectorQuantizer",

@@ -236,19 +236,24 @@ def quantize_rows(
     gradient: str,
     mask: Tensor | None = None,
     search: tuple[Tensor, Tensor] | None = None,
+    chosen: Tensor | None = None,
 ) -> Quantized:
     """:func:`vector_quantize` on the canonical shapes (H, B, S, D), (H, K, D) and mask (H, B, S), unchecked.
 
     ``search`` are the rows and codes to compare if they are not ``z`` and ``codebook`` themselves (the cosine module
-    compares what it was given and quantizes unit vectors).
+    compares what it was given and quantizes unit vectors); ``chosen`` (H, B, S) skips the search, and the score is 0.
     """
     rows, codes = search or (z, codebook)
-    indices, score = ops.nearest(rows.detach(), codes.detach(), metric)
+    if chosen is None:
+        indices, score = ops.nearest(rows.detach(), codes.detach(), metric)
+    else:
+        indices, score = chosen, torch.zeros_like(chosen, dtype=torch.float32)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
         score = torch.where(mask, score, 0.0)
     # The search already measured |z - e|^2, rounded once from float64; only float64 callers want more digits.
-    distance = score if metric == "l2" and search is None and z.dtype != torch.float64 else None
+    measured = metric == "l2" and search is None and chosen is None
+    distance = score if measured and z.dtype != torch.float64 else None
     quantized, codebook_loss, commitment_loss = _apply(
         _Quantize, z, codebook, indices, distance, mask is not None, gradient
     )

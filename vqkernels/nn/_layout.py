@@ -65,6 +65,26 @@ class Layout:
         arguments.check_mask(mask, self.places(z.shape), z, False)
         return mask.reshape(rows.shape[1:3]).expand(rows.shape[:3])
 
+    def lens_mask(self, lens: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
+        """Lengths (B,) as a mask (B, T)."""
+        places = self.places(z.shape)
+        if mask is not None:
+            raise ValueError("mask and lens are both given; expected one of them")
+        arguments.check_indices(lens)
+        if len(places) != 2 or tuple(lens.shape) != (places[0],):
+            raise ValueError(
+                f"lens has shape {arguments.shape_of(lens)} for positions {tuple(places)}; expected (B,) and z of "
+                f"{'(B, C, T)' if self.channel_dim == 1 else '(B, T, C)'}"
+            )
+        return torch.arange(places[1], device=z.device) < lens.to(z.device).unsqueeze(1)
+
+    def weights(self, weights: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+        """Weights (B, ...) of positions, the same for every head, as (H, B, S)."""
+        arguments.check_float_tensor("weights", weights)
+        if tuple(weights.shape) != (places := self.places(z.shape)):
+            raise ValueError(f"weights has shape {arguments.shape_of(weights)}; expected {tuple(places)}")
+        return weights.detach().reshape(rows.shape[1:3]).expand(rows.shape[:3])
+
     def output(self, values: Tensor, shape: Sequence[int]) -> Tensor:
         """(H, B, S, D) in the shape of the input: a view for one head."""
         moved = values.permute(1, 0, 3, 2) if self._first(len(shape)) else values.movedim(0, 2)

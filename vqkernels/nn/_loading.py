@@ -31,7 +31,7 @@ def load(
         args: local_metadata, strict, missing_keys, unexpected_keys, error_msgs.
     """
     own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    target = module.state_dict()
+    target = {k: v for k, v in module.state_dict().items() if "." not in k}  # children check their own
     if "codebook" not in own and (translated := checkpoints.translate(own)) is not None:
         found, understood = translated
         found = {k: _without_head(v, target[k]) if k in target else v for k, v in found.items()}

@@ -7,17 +7,21 @@ Called by :meth:`vqkernels.nn.VectorQuantizer.load_state_dict`. Layouts (keys be
 * ``_codebook.embed`` (H, K, D), ``.cluster_size``, ``.embed_avg``, ``.initted``: vector-quantize-pytorch
 * ``embed`` (K, D), ``cluster_size``, ``embed_avg``, ``inited``, also below ``codebook.`` or ``_codebook.``: EnCodec
 * ``embed`` (D, K), ``cluster_size``, ``embed_avg`` (D, K), no flag: rosinality's vq-vae-2-pytorch
+* levels as ``vq.layers.{i}`` (EnCodec, Moshi) or ``quantizers.{i}`` with ``in_proj``/``out_proj`` (DAC, also weight
+  normalised), ``input_proj``/``output_proj`` (Mimi, Moshi), for the residual quantizers
 * ``embed_sum`` or ``embedding_sum``, ``cluster_usage``, ``initialized``, below the same prefixes: Mimi, Moshi
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["translate"]
+__all__ = ["rename_levels", "rename_parts", "translate"]
 
 _WEIGHTS = ("embedding.weight", "codebook.weight")
 _PREFIXES = ("", "_codebook.", "codebook.")
@@ -70,3 +74,35 @@ def defaults(codebook: Tensor, cluster_size: Tensor | None) -> dict[str, Tensor]
         "embed_avg": codebook.float() * size.unsqueeze(-1),
         "initialized": torch.ones((), dtype=torch.bool),
     }
+
+
+# Names of other libraries' containers and projections: (pattern, replacement), applied below a quantizer's prefix.
+_LEVEL_NAMES = (
+    (r"^(?:vq\.|model\.)?layers\.(\d+)\.", r"layers.\1."),
+    (r"^quantizers\.(\d+)\.", r"layers.\1."),
+    (r"^input_proj\.", "project_in."),
+    (r"^output_proj\.", "project_out."),
+    (r"^(layers\.\d+)\.in_proj\.", r"\1.project_in."),
+    (r"^(layers\.\d+)\.out_proj\.", r"\1.project_out."),
+)
+
+
+def rename_levels(state_dict: dict[str, Any], prefix: str, shared_codebook: bool) -> None:
+    """Moshi's, DAC's and Mimi's names of levels and projections become ours, in place, before children load.
+
+    A shared codebook is one module here: copies under ``layers.1`` and so on (vector-quantize-pytorch) are dropped.
+    """
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        name = key[len(prefix) :]
+        for pattern, replacement in _LEVEL_NAMES:
+            name = re.sub(pattern, replacement, name)
+        value = state_dict.pop(key)
+        if not (shared_codebook and re.match(r"layers\.[1-9]\d*\.", name)):
+            state_dict[prefix + name] = value
+
+
+def rename_parts(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
+    """Children under other names, as ``{"rvq_first.": "semantic."}``, become ours, in place, before they load."""
+    for old, new in names.items():
+        for key in [k for k in state_dict if k.startswith(prefix + old)]:
+            state_dict[prefix + new + key[len(prefix + old) :]] = state_dict.pop(key)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["candidate_rows", "count_codes", "perplexity", "usage"]
+__all__ = ["candidate_rows", "count_codes", "perplexity", "scramble", "usage"]
 
 
 def count_codes(indices: Tensor, num_codes: int) -> Tensor:
@@ -74,14 +74,14 @@ def candidate_rows(
     total = order[:, -1:]
     code = torch.arange(num_codes, device=device)
     head = torch.arange(h, device=device)[:, None]
-    position = (_scramble(step + 7919 * head) + code * total // num_codes) % total.clamp(min=1)
+    position = (scramble(step + 7919 * head) + code * total // num_codes) % total.clamp(min=1)
     row = torch.searchsorted(order, position + 1).clamp(max=order.shape[1] - 1)
     found = (total > 0) & ((code + step) % size == rank)
     values = torch.where(found[..., None], rows[head, row // s, row % s].float(), 0.0)
     return values, found.float()
 
 
-def _scramble(x: Tensor) -> Tensor:
+def scramble(x: Tensor) -> Tensor:
     """A 31-bit integer hash (multiply and xor-shift; no product exceeds 63 bits)."""
     x = (x & 0x7FFFFFFF) * 0x1E3779B1 & 0x7FFFFFFF
     x = (x ^ (x >> 15)) * 0x2C1B3C6D & 0x7FFFFFFF

@@ -5,27 +5,24 @@ Called by users and by :mod:`vqkernels.models`; the arithmetic is in :mod:`vqker
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vqkernels import _arguments as arguments
-from vqkernels import ops
 from vqkernels.functional import VQOutput, lookup_rows, quantize_rows
-from vqkernels.nn import statistics
-from vqkernels.nn._distributed import all_reduce, rank_and_size
 from vqkernels.nn._layout import Layout
-from vqkernels.nn._loading import load
-from vqkernels.nn.codebook_init import INITS, kmeans, random_codes_
+from vqkernels.nn.affine import AffineCodes
+from vqkernels.nn.codebook_init import INITS, random_codes_
+from vqkernels.nn.learning import LearnedCodebook, in_backward
+from vqkernels.nn.projections import project_pair
+from vqkernels.nn.regularizers import orthogonality
+from vqkernels.nn.sampling import sample_codes
 
 __all__ = ["VectorQuantizer"]
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(LearnedCodebook):
     """Replace every vector of a feature map by its nearest code, and learn the codes.
 
     With ``decay=None`` the codebook is a parameter, trained by the codebook loss (van den Oord et al. 2017, eq. 3).
@@ -54,15 +51,26 @@ class VectorQuantizer(nn.Module):
         seed: of ``init="kmeans"``.
         sync: sum statistics over all processes when ``torch.distributed`` runs: exactly one all-reduce per training
             step, on every rank, also with an empty batch.
+        input_dim: channels of the input, if a linear layer is to take them to ``heads * embedding_dim`` and another one
+            back; the losses compare what was projected.
+        projection_bias: whether these layers have a bias.
+        legacy: put ``commitment_cost`` on the codebook loss instead, ``loss = commitment_cost * codebook_loss +
+            commitment_loss``, as taming-transformers and diffusers do unless told otherwise.
+        affine: reparametrise the codes by the mean and spread of the batch (:mod:`vqkernels.nn.affine`).
+        orthogonal_weight: of :func:`vqkernels.nn.orthogonality` of the codebook in ``loss``; gradient codebooks only.
+        sample_temperature: in training draw codes with probability softmax(score / temperature) instead of taking the
+            nearest, where the score is minus the squared distance or the similarity; 0 for the nearest. Eager only.
         device: of the parameters and buffers.
 
     State (``state_dict``): ``codebook`` (K, D), or (H, K, D) with several heads; ``code_counts`` int64 (K,) or (H, K)
     since :meth:`reset_usage`; ``steps`` and ``initialized``; ``cluster_size`` (K,) with a decay or a dead-code ratio;
-    ``embed_avg`` (K, D) with a decay. Checkpoints of other libraries load too (:mod:`vqkernels.nn.checkpoints`).
+    ``embed_avg`` (K, D) with a decay; ``project_in.*`` and ``project_out.*`` with an ``input_dim``; ``affine.*`` with
+    ``affine``. Checkpoints of other libraries load too (:mod:`vqkernels.nn.checkpoints`).
 
     Shape:
-        input (B, C, ...) or (..., C); (N, C) either way. ``quantized`` has the input's shape, dtype and memory
-        layout; ``indices`` (B, ...), with a last dim of H if there are several heads.
+        input (B, C, ...) or (..., C), C = ``input_dim`` or ``heads * embedding_dim``; (N, C) either way. ``quantized``
+        has the input's shape, dtype and memory layout; ``indices`` (B, ...), with a last dim of H if there are several
+        heads.
 
     A vector with NaN or Inf is quantized as :func:`vqkernels.nearest` says and never enters a statistic. In eval mode
     and while frozen no buffer changes. ``.half()`` and ``.bfloat16()`` leave the codebook in float32.
@@ -74,13 +82,6 @@ class VectorQuantizer(nn.Module):
         >>> out.quantized.shape, out.indices.shape
         (torch.Size([2, 64, 8, 8]), torch.Size([2, 8, 8]))
     """
-
-    codebook: Tensor
-    code_counts: Tensor
-    steps: Tensor
-    initialized: Tensor
-    cluster_size: Tensor | None
-    embed_avg: Tensor | None
 
     def __init__(
         self,
@@ -101,6 +102,12 @@ class VectorQuantizer(nn.Module):
         kmeans_iters: int = 10,
         seed: int = 0,
         sync: bool = True,
+        input_dim: int | None = None,
+        projection_bias: bool = True,
+        legacy: bool = False,
+        affine: bool = False,
+        orthogonal_weight: float = 0.0,
+        sample_temperature: float = 0.0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -109,6 +116,8 @@ class VectorQuantizer(nn.Module):
         arguments.check_count("heads", heads)
         arguments.check_number("commitment_cost", commitment_cost)
         arguments.check_number("dead_code_ratio", dead_code_ratio, high=1.0)
+        for name, number in (("orthogonal_weight", orthogonal_weight), ("sample_temperature", sample_temperature)):
+            arguments.check_number(name, number)
         arguments.check_number("eps", eps)
         for name, value in (("decay", 0.5 if decay is None else decay), ("usage_decay", usage_decay)):
             arguments.check_number(name, value)
@@ -119,6 +128,11 @@ class VectorQuantizer(nn.Module):
         arguments.check_choice("init", init, INITS)
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim is {channel_dim!r}; expected 1 for (B, C, ...) or -1 for (..., C)")
+        if decay is not None and (legacy or orthogonal_weight > 0):
+            name, found = ("legacy", legacy) if legacy else ("orthogonal_weight", orthogonal_weight)
+            raise ValueError(f"{name} is {found!r} and decay {decay!r}; expected decay=None: a trained codebook")
+        if affine and (metric != "l2" or normalize):
+            raise ValueError(f"affine is True with metric {metric!r}; expected 'l2' without normalize")
         self.num_embeddings, self.embedding_dim, self.heads = num_embeddings, embedding_dim, heads
         self.commitment_cost, self.decay, self.eps, self.usage_decay = commitment_cost, decay, eps, usage_decay
         self.metric, self.gradient, self.channel_dim = metric, gradient, channel_dim
@@ -126,29 +140,21 @@ class VectorQuantizer(nn.Module):
         self.normalize = metric == "cosine" if normalize is None else normalize
         self.init, self.kmeans_iters, self.seed, self.sync = init, kmeans_iters, seed, sync
         self.dead_code_ratio = dead_code_ratio
-        self.frozen = False
-        self._pool: list[Tensor] | None = None
-        self._pooling = False
-        self._last_codes: Tensor | None = None
-
-        lead = (heads,) if heads > 1 else ()
-        codes = torch.empty((*lead, num_embeddings, embedding_dim), dtype=torch.float32, device=device)
-        if decay is None:
-            self.codebook = nn.Parameter(codes)
-        else:
-            self.register_buffer("codebook", codes)
-        counts = torch.zeros((*lead, num_embeddings), dtype=torch.int64, device=device)
-        self.register_buffer("code_counts", counts)
-        tracked = decay is not None or dead_code_ratio > 0
-        self.register_buffer("cluster_size", torch.ones_like(counts, dtype=torch.float32) if tracked else None)
-        self.register_buffer("embed_avg", torch.empty_like(codes) if decay is not None else None)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
+        self.input_dim, self.legacy, self.orthogonal_weight = input_dim, legacy, orthogonal_weight
+        self.sample_temperature = sample_temperature
+        self._make_state(device)
+        self.project_in, self.project_out = project_pair(
+            input_dim, heads * embedding_dim, bias=projection_bias, channel_dim=channel_dim, device=device
+        )
+        self.affine = AffineCodes(heads, embedding_dim, sync=sync, device=device) if affine else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the codebook anew from torch's generator and forget all statistics."""
+        """Draw the codebook and the projections anew from torch's generator and forget all statistics."""
         random_codes_(self.codebook, self.init)
+        for module in (self.project_in, self.project_out, self.affine):
+            if module is not None:
+                module.reset_parameters()
         with torch.no_grad():
             if self.decay is not None and self.normalize:
                 self.codebook.copy_(F.normalize(self.codebook, dim=-1))
@@ -168,6 +174,7 @@ class VectorQuantizer(nn.Module):
             "gradient": "straight_through",
             "init": "uniform",
         }
+        defaults |= {"input_dim": None, "legacy": False, "orthogonal_weight": 0.0, "sample_temperature": 0.0}
         defaults |= {"dead_code_ratio": 0.0, "channel_dim": 1, "normalize": self.metric == "cosine"}
         words.append(f"commitment_cost={self.commitment_cost}")
         words += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v]
@@ -175,42 +182,96 @@ class VectorQuantizer(nn.Module):
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> VQOutput:
+    def forward(
+        self,
+        z: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lens: Tensor | None = None,
+        weights: Tensor | None = None,
+        code_weights: Tensor | None = None,
+    ) -> VQOutput:
         """Quantize ``z``.
 
         Args:
-            z: (B, C, ...) or (..., C), C = heads * embedding_dim.
-            mask: bool (B, ...), True for valid positions; the others get index -1 and zeros and count nowhere.
+            z: (B, C, ...) or (..., C), C = ``input_dim`` or heads * embedding_dim.
+            mask: bool (B, ...), True for valid positions; the others get index -1 and zeros and count nowhere. A step
+                without a valid position in any process changes no statistic.
+            lens: integers (B,) instead of a mask: how many positions of (B, C, T) or (B, T, C) are valid.
+            weights: (B, ...), how much each position counts in the moving averages; not a gradient's weight.
+            code_weights: (K,) or (H, K), scales the step of each code's moving averages; 0 keeps a code where it is.
 
         Returns:
-            :class:`vqkernels.VQOutput`.
+            :class:`vqkernels.VQOutput`; ``loss`` holds the regularisers too.
 
         Raises:
             ValueError, TypeError: shapes, dtype or device do not fit.
         """
-        rows, valid = self._rows(z, mask)
-        learning = self.training and not self.frozen and not _in_backward()
+        inside = self._inside(z)
+        if lens is not None:
+            mask = self._layout.lens_mask(lens, inside, mask)
+        rows, valid = self._rows(inside, mask)
+        learning = self.training and not self.frozen and not in_backward()
         if learning and self._waiting:
             self._start(rows, valid)
         given = self._codes(learning)
+        if self.affine is not None:
+            if learning:
+                self.affine.update(rows.detach(), valid, given.detach())
+            given = self.affine(given)
         codes, search = self._unit(given), None
         if self.normalize:
             # Cosine compares what was given: an angle does not depend on lengths, and rounded unit vectors would.
             search = (rows, given) if self.metric == "cosine" else None
             rows = F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1)
-        out = quantize_rows(rows, codes, metric=self.metric, gradient=self.gradient, mask=valid, search=search)
+        chosen = None
+        if self.training and self.sample_temperature > 0:
+            chosen = sample_codes(rows, codes, self.metric, self.sample_temperature)
+        out = quantize_rows(
+            rows, codes, metric=self.metric, gradient=self.gradient, mask=valid, search=search, chosen=chosen
+        )
         if learning:
             with torch.no_grad():
-                self._learn(rows.detach(), torch.where(out.score.isfinite(), out.indices, -1))
-        loss = self.commitment_cost * out.commitment_loss
-        indices = self._layout.indices(out.indices, z.shape)
-        return VQOutput(
-            self._layout.settle(self._layout.output(out.quantized.to(z.dtype), z.shape), indices),
-            indices,
-            loss if self.decay is not None else loss + out.codebook_loss,
-            out.codebook_loss,
-            out.commitment_loss,
-        )
+                found = rows.detach() if self.affine is None else self.affine.inverse(rows.detach())
+                counted = torch.where(out.score.isfinite() & _finite(rows, chosen), out.indices, -1)
+                self._learn(
+                    found,
+                    counted,
+                    None if weights is None else self._layout.weights(weights, inside, rows),
+                    None if code_weights is None else code_weights.expand(self.heads, self.num_embeddings).float(),
+                    masked=valid is not None,
+                )
+        loss = self._loss(out.codebook_loss, out.commitment_loss)
+        indices = self._layout.indices(out.indices, inside.shape)
+        quantized = self._layout.output(out.quantized.to(inside.dtype), inside.shape)
+        quantized = self._outside(self._layout.settle(quantized, indices), z, mask)
+        return VQOutput(quantized, indices, loss, out.codebook_loss, out.commitment_loss)
+
+    def _loss(self, codebook_loss: Tensor, commitment_loss: Tensor) -> Tensor:
+        if self.decay is not None:
+            return self.commitment_cost * commitment_loss
+        if self.legacy:
+            loss = torch.add(commitment_loss, codebook_loss, alpha=self.commitment_cost)
+        else:
+            loss = self.commitment_cost * commitment_loss + codebook_loss
+        if self.orthogonal_weight > 0:
+            loss = loss + self.orthogonal_weight * orthogonality(self.codebook)
+        return loss
+
+    def _inside(self, z: Tensor) -> Tensor:
+        """What is quantized: ``z``, or its projection in float32."""
+        if self.project_in is None:
+            return z
+        inside: Tensor = self.project_in(z)
+        return inside if inside.dtype == torch.float64 else inside.float()
+
+    def _outside(self, quantized: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
+        """The inverse of :meth:`_inside`; a bias must not leak into masked positions."""
+        if self.project_out is None:
+            return quantized
+        out: Tensor = self.project_out(quantized).to(z.dtype)
+        first = self.channel_dim == 1 and z.dim() > 2
+        return out if mask is None else torch.where(mask.unsqueeze(1 if first else -1), out, 0.0)
 
     def codes_to_output(self, indices: Tensor) -> Tensor:
         """What :meth:`forward` outputs for these indices: float32, channels where the input has them.
@@ -223,7 +284,13 @@ class VectorQuantizer(nn.Module):
         """
         positions, shape = self._layout.positions(indices)
         first = self.channel_dim == 1 and len(shape) > 2
-        return self._layout.output(lookup_rows(self._unit(self._as_codes(self.codebook)), positions, first), shape)
+        codes = self._as_codes(self.codebook)
+        codes = self._unit(codes if self.affine is None else self.affine(codes))
+        values = self._layout.output(lookup_rows(codes, positions, first), shape)
+        if self.project_out is None:
+            return values
+        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
+        return self._outside(values, values, known)
 
     def _rows(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``z`` as (H, B, S, D) and the mask as (H, B, S), checked."""
@@ -231,29 +298,9 @@ class VectorQuantizer(nn.Module):
         rows = self._layout.rows(z)
         return rows, None if mask is None else self._layout.mask(mask, z, rows)
 
-    def _as_codes(self, x: Tensor) -> Tensor:
-        return x if self.heads > 1 else x.unsqueeze(0)
-
-    def _codes(self, learning: bool) -> Tensor:
-        """The codes (H, K, D) to quantize with; a copy if this step is going to change the codebook in place."""
-        codes = self._as_codes(self.codebook)
-        if not torch.compiler.is_compiling() and self._last_codes is not None and self.training and _in_backward():
-            # Activation checkpointing runs forward again after the update: give it the codes of the first time.
-            codes = self._last_codes + (codes - codes.detach())
-        elif learning and (self.decay is not None or self.dead_code_ratio > 0):
-            if torch.compiler.is_compiling():
-                # A copy that Inductor (torch 2.13) keeps: it drops `clone`, then saves the codes of after the update.
-                every = torch.arange(self.num_embeddings, device=codes.device)
-                return lookup_rows(codes, every.expand(self.heads, 1, self.num_embeddings), False).squeeze(1)
-            codes = codes.clone()
-            self._last_codes = codes.detach()
-        return codes
-
     def _unit(self, codes: Tensor) -> Tensor:
         """The codes that are output; an EMA codebook holds unit vectors already."""
         return F.normalize(codes, dim=-1) if self.normalize and self.decay is None else codes
-
-    # -- learning ------------------------------------------------------------------------------------------------------
 
     def initialize(self, z: Tensor, mask: Tensor | None = None) -> None:
         """k-means on ``z`` (as in :meth:`forward`), whatever ``init`` is; all processes must call.
@@ -261,176 +308,11 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: there is no finite vector to start from.
         """
-        rows, valid = self._rows(z, mask)
+        rows, valid = self._rows(self._inside(z), mask)
         if not self._start(rows, valid):
             raise ValueError(f"z has shape {arguments.shape_of(z)} and no finite, valid vector; expected at least one")
 
-    def _start(self, rows: Tensor, valid: Tensor | None) -> bool:
-        """k-means; without any row in any process the module goes on waiting."""
-        with torch.no_grad():
-            rows = rows.detach()
-            rows = F.normalize(rows.float(), dim=-1) if self.normalize else rows
-            found = kmeans(
-                rows,
-                self.num_embeddings,
-                valid=valid,
-                metric=self.metric,
-                normalize=self.normalize,
-                iterations=self.kmeans_iters,
-                seed=self.seed,
-                sync=self.sync,
-            )
-            if found is None:
-                return False
-            self.codebook.copy_(found[0].view_as(self.codebook))
-            self._set_statistics(found[1].clamp(min=1.0))
-            self.initialized.fill_(True)
-            self._waiting = False
-        return True
 
-    def _set_statistics(self, counts: Tensor | None) -> None:
-        """Averages that agree with the codebook; every code used once if ``counts`` are not known."""
-        if self.cluster_size is not None:
-            self.cluster_size.copy_(
-                torch.ones_like(self.cluster_size) if counts is None else counts.view_as(self.cluster_size)
-            )
-            if self.embed_avg is not None:
-                self.embed_avg.copy_(self.codebook * self.cluster_size.unsqueeze(-1))
-
-    def _learn(self, rows: Tensor, indices: Tensor) -> None:
-        """Statistics of one batch, applied now or pooled. ``indices`` is -1 where a row must not count."""
-        if self.decay is not None:
-            sums, counts = ops.codebook_sum(rows, indices, self.num_embeddings)
-            found = [counts, sums.float()]
-        else:
-            found = [statistics.count_codes(indices, self.num_embeddings).float()]
-        if self.dead_code_ratio > 0:
-            rank, size = rank_and_size(self.sync)
-            found += statistics.candidate_rows(rows, indices, self.steps, self.num_embeddings, rank, size)
-        if not self._pooling:
-            self._apply_statistics(all_reduce(found, self.sync))
-        elif self._pool is None:
-            self._pool = found
-        else:
-            additive = 2 if self.decay is not None else 1
-            for i, (old, new) in enumerate(zip(self._pool, found, strict=True)):
-                self._pool[i] = old + new if i < additive else new
-
-    def _apply_statistics(self, found: list[Tensor]) -> None:
-        counts = found[0]
-        self.code_counts.add_(counts.view_as(self.code_counts).long())
-        if self.cluster_size is not None:
-            size, codes = self._as_codes(self.cluster_size), self._as_codes(self.codebook)
-            if self.decay is not None:
-                assert self.embed_avg is not None
-                average = self._as_codes(self.embed_avg)
-                ops.ema_update(size, average, codes, counts, found[1], self.decay, self.eps, self.normalize)
-            else:
-                size.lerp_(counts, 1 - self.usage_decay)
-            if self.dead_code_ratio > 0:
-                self._replace_dead_codes(*found[-2:])
-        self.steps.add_(1)
-
-    def _replace_dead_codes(self, rows: Tensor, found: Tensor) -> None:
-        """Move rarely used codes onto rows of the batch and let them start with the mean usage."""
-        assert self.cluster_size is not None
-        size, codes = self._as_codes(self.cluster_size), self._as_codes(self.codebook)
-        mean = size.mean(-1, keepdim=True)
-        dead = (size < self.dead_code_ratio * mean) & (found > 0)
-        codes.copy_(torch.where(dead[..., None], rows, codes))
-        if self.embed_avg is not None:
-            average = self._as_codes(self.embed_avg)
-            average.copy_(torch.where(dead[..., None], rows * mean[..., None], average))
-        size.copy_(torch.where(dead, mean, size))
-
-    @contextlib.contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Pool the statistics of several forward passes into one update, made on leaving the block.
-
-        For gradient accumulation: the codebook moves once per optimiser step, as on the joined batch.
-
-        Example:
-            >>> import torch, vqkernels
-            >>> vq = vqkernels.VectorQuantizer(4, 2, decay=0.9)
-            >>> with vq.accumulating():
-            ...     for part in torch.randn(8, 2).split(4):
-            ...         out = vq(part)
-            >>> vq.steps.item()
-            1
-        """
-        if self._pooling:
-            raise RuntimeError("accumulating() blocks of one VectorQuantizer cannot be nested")
-        self._pooling = True
-        try:
-            yield
-            self._pooling = False
-            self._flush()
-        finally:
-            self._pooling, self._pool = False, None
-
-    def _flush(self) -> None:
-        if not self.training or self.frozen:
-            return
-        with torch.no_grad():
-            found = self._pool
-            if found is None:  # nothing seen here, but the other processes wait for this one
-                nothing = torch.empty((self.heads, 0, 1, self.embedding_dim), device=self.codebook.device)
-                self._pooling = True
-                self._learn(nothing, nothing[..., 0].long())
-                self._pooling = False
-                found = self._pool
-            assert found is not None
-            self._apply_statistics(all_reduce(found, self.sync))
-
-    def freeze(self) -> None:
-        """Stop all learning: no gradient for the codebook, no statistics, also in training mode."""
-        self.frozen = True
-        if isinstance(self.codebook, nn.Parameter):
-            self.codebook.requires_grad_(False)
-
-    def unfreeze(self) -> None:
-        """Undo :meth:`freeze`."""
-        self.frozen = False
-        if isinstance(self.codebook, nn.Parameter):
-            self.codebook.requires_grad_(True)
-
-    # -- usage ---------------------------------------------------------------------------------------------------------
-
-    def usage(self) -> float:
-        """Fraction of codes used in training since :meth:`reset_usage` (mean over heads)."""
-        return float(statistics.usage(self.code_counts).mean())
-
-    def perplexity(self) -> float:
-        """exp(entropy) of the codes used in training since :meth:`reset_usage` (mean over heads), in [1, K]."""
-        return float(statistics.perplexity(self.code_counts).mean())
-
-    def reset_usage(self) -> None:
-        """Start counting anew."""
-        self.code_counts.zero_()
-
-    # -- torch.nn.Module -----------------------------------------------------------------------------------------------
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizer:
-        """``.to``, ``.half`` and the like, except that the codebook and its averages never lose digits."""
-        ema = self.decay is not None
-
-        def keep(t: Tensor) -> Tensor:
-            out = fn(t)
-            loses = out.dtype in (torch.float16, torch.bfloat16) or (ema and out.dtype != torch.float32)
-            return t.to(out.device) if t.dtype == torch.float32 and loses else out
-
-        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        load(self, super()._load_from_state_dict, state_dict, prefix, args)
-        if not self.initialized.is_meta:
-            self._waiting = not bool(self.initialized)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_last_codes": None, "_pool": None, "_pooling": False}
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass is running in this thread: then forward is a re-computation and must not learn."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _finite(rows: Tensor, chosen: Tensor | None) -> Tensor | bool:
+    """Rows that may enter a statistic; the search's score tells already, a drawn code does not."""
+    return True if chosen is None else rows.isfinite().all(-1)

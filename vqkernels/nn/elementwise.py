@@ -1,0 +1,88 @@
+"""What quantizers without a codebook share: projections, heads, masks and indices around an elementwise rounding.
+
+Called by :class:`vqkernels.nn.FSQ` and :class:`vqkernels.nn.LFQ`. No search: the nearest code is found dim by dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vqkernels import _arguments as arguments
+from vqkernels.nn._layout import Layout
+from vqkernels.nn.projections import project_pair
+
+__all__ = ["ElementwiseQuantizer"]
+
+
+class ElementwiseQuantizer(nn.Module):
+    """The frame; a subclass says how (H, B, S, D) rows become codes, and how indices become codes."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 1,
+        input_dim: int | None = None,
+        projection_bias: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        arguments.check_count("heads", heads)
+        if channel_dim not in (1, -1):
+            raise ValueError(f"channel_dim is {channel_dim!r}; expected 1 for (B, C, ...) or -1 for (..., C)")
+        self.embedding_dim, self.heads, self.channel_dim = dim, heads, channel_dim
+        self._layout = Layout(heads, dim, channel_dim)
+        self.project_in, self.project_out = project_pair(
+            input_dim, heads * dim, bias=projection_bias, channel_dim=channel_dim, device=device
+        )
+        # Where the module is: a quantizer without projections has no parameter that would tell.
+        self.register_buffer("_anchor", torch.zeros((), device=device), persistent=False)
+
+    _anchor: Tensor
+
+    def _codes_of(self, indices: Tensor) -> Tensor:
+        """Codes (H, B, S, D) float32 of non-negative indices (H, B, S)."""
+        raise NotImplementedError
+
+    def _open(self, z: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The projected input, its rows (H, B, S, D) in at least float32, and the mask."""
+        arguments.check_float_tensor("z", z)
+        inside = z if self.project_in is None else self.project_in(z)
+        inside = inside if inside.dtype == torch.float64 else inside.float()
+        self._layout.check(inside, self._anchor)
+        if lens is not None:
+            mask = self._layout.lens_mask(lens, inside, mask)
+        if mask is not None:
+            arguments.check_mask(mask, self._layout.places(inside.shape), inside, False)
+        return inside, self._layout.rows(inside), mask
+
+    def _close(
+        self, z: Tensor, inside: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and indices in the shapes that users see."""
+        found = self._layout.indices(indices, inside.shape)
+        if mask is not None:
+            found = torch.where(mask if self.heads == 1 else mask.unsqueeze(-1), found, -1)
+        return self._outside(self._layout.output(values, inside.shape), z, mask).to(z.dtype), found
+
+    def _outside(self, values: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
+        out = values if self.project_out is None else self.project_out(values)
+        first = self.channel_dim == 1 and z.dim() > 2
+        return out if mask is None else torch.where(mask.unsqueeze(1 if first else -1), out, 0.0)
+
+    def codes_to_output(self, indices: Tensor) -> Tensor:
+        """What :meth:`forward` outputs for these indices: float32, channels where the input has them; -1 gives zeros.
+
+        Args:
+            indices: integers (B, ...), with a last dim of H if there are several heads.
+
+        Raises:
+            ValueError, TypeError: shape or dtype do not fit.
+        """
+        positions, shape = self._layout.positions(indices)
+        codes = torch.where(positions.unsqueeze(-1) >= 0, self._codes_of(positions.clamp(min=0)), 0.0)
+        values = self._layout.output(codes, shape)
+        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
+        return self._outside(values, values, known)
