@@ -27,7 +27,7 @@ LAYERS = (
     ("vqkernels.models",),
     ("vqkernels",),
     ("vqkernels.patch", "vqkernels.recognisers"),
-    ("vqkernels.nn",),
+    ("vqkernels.nn", "vqkernels.distributed"),
     ("vqkernels.testing",),
     ("vqkernels.functional",),
     ("vqkernels._arguments",),

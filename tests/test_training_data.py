@@ -96,7 +96,7 @@ def test_kinds_of_pixels(tmp_path: Path) -> None:
     assert found["print.jpg"].max() < 40
     assert found["turned.png"].shape == (40, 34, 3)
     assert found["tiny.png"].shape == (64, 32, 3)
-    assert data._decode(tmp_path / "turned.png", 32, 68).shape == (80, 68, 3)
+    assert data.decode_image(tmp_path / "turned.png", 32, 68).shape == (80, 68, 3)
 
 
 def test_an_image_that_vanishes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vqkernels.models.compression import compress, expand
+
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Pretrained", "load_weights", "replace_file"]
 
 CONFIG_NAME = "config.json"
@@ -98,21 +100,29 @@ class Pretrained(nn.Module):
     config: Any
     config_class: type[Any]
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, weights: str = "fp32", codebook: str = "fp32") -> None:
         """Write ``config.json`` and ``model.safetensors`` to ``folder`` (made if needed), each in one step.
 
         Args:
             folder: where to.
+            weights: "fp32", or "fp16" or "bf16" for a smaller file; :meth:`from_pretrained` gives float32 again.
+            codebook: "fp32" or "int8" (:class:`vqkernels.models.Int8Codebook`). Anything but "fp32" in both leaves the
+                statistics of training out, so training cannot go on as if nothing had happened.
 
         Raises:
             ImportError: safetensors is not installed.
+            ValueError: ``weights`` or ``codebook`` is none of these, or a weight does not fit into fp16.
             OSError: the folder cannot be written.
         """
         safetensors = safetensors_torch()
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        tensors = {name: t.detach().cpu() for name, t in self.state_dict().items()}
         config = {"model": type(self).__name__, **self.config.to_dict()}
+        if (weights, codebook) != ("fp32", "fp32"):
+            tensors = compress(tensors, weights, codebook)
+            config["compression"] = {"weights": weights, "codebook": codebook}
+        tensors = {name: t.contiguous() for name, t in tensors.items()}
         replace_file(path / WEIGHTS_NAME, safetensors.save(tensors, metadata={"format": "pt"}))
         replace_file(path / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -140,6 +150,7 @@ class Pretrained(nn.Module):
         try:
             values = json.loads((path / CONFIG_NAME).read_text())
             found = values.pop("model", cls.__name__)
+            compressed = values.pop("compression", None) is not None
         except (ValueError, AttributeError) as e:
             raise ValueError(f"{path / CONFIG_NAME} is damaged: {e}") from e
         if found != cls.__name__:
@@ -149,5 +160,7 @@ class Pretrained(nn.Module):
             tensors = safetensors.load((path / WEIGHTS_NAME).read_bytes())
         except Exception as e:  # safetensors raises its own type, which only exists where it is installed
             raise ValueError(f"{path / WEIGHTS_NAME} is damaged: {e}") from e
+        if compressed:
+            tensors = expand(tensors, model.state_dict())
         load_weights(model, tensors, str(path / WEIGHTS_NAME))
         return model.to(device).eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vqkernels.functional import VQOutput
-from vqkernels.models.pretrained import Pretrained
+from vqkernels.models.tokens import TokenModel, TokenStream, evaluating
 from vqkernels.nn import VectorQuantizer
 
 __all__ = ["VQVAE", "Decoder", "Encoder", "ResidualBlock", "VQVAEConfig", "VQVAEOutput"]
@@ -182,7 +183,7 @@ class VQVAEOutput(NamedTuple):
     quantizer: VQOutput
 
 
-class VQVAE(Pretrained):
+class VQVAE(TokenModel):
     """Encoder, vector quantizer, decoder. Images are floating point in [0, 1].
 
     Args:
@@ -213,6 +214,23 @@ class VQVAE(Pretrained):
             raise ValueError(f"quantizer is {config.quantizer!r}: {e}") from e
         self.decoder = Decoder(config)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights of the last convolution, for the adaptive weight of an adversarial loss."""
+        weight = self.decoder.up[-1].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def streams(self) -> tuple[TokenStream, ...]:
+        """One token grid."""
+        return (TokenStream(self.config.codes, self.config.downsample, self.config.heads),)
+
+    @property
+    def multiple(self) -> int:
+        """Height and width of an image are multiples of this."""
+        return self.config.downsample
+
     def latents(self, images: Tensor) -> Tensor:
         """Encoder output before quantization.
 
@@ -236,7 +254,6 @@ class VQVAE(Pretrained):
         latents: Tensor = self.encoder(images * 2 - 1)
         return latents
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of images, without changing any statistic of the codebook.
 
@@ -249,20 +266,11 @@ class VQVAE(Pretrained):
         Raises:
             ValueError, TypeError: as in :meth:`latents`.
         """
-        indices: Tensor = self._quantize_frozen(self.latents(images)).indices
+        with evaluating(self):
+            indices: Tensor = self.quantizer(self.latents(images)).indices
         return indices
 
-    def _quantize_frozen(self, latents: Tensor) -> VQOutput:
-        # Tokenising must not move an EMA codebook, even if the model happens to be in training mode.
-        training = self.quantizer.training
-        self.quantizer.eval()
-        try:
-            out: VQOutput = self.quantizer(latents)
-        finally:
-            self.quantizer.train(training)
-        return out
-
-    def decode(self, indices: Tensor) -> Tensor:
+    def decode(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
         """Images of tokens.
 
         Args:
@@ -274,6 +282,10 @@ class VQVAE(Pretrained):
         Raises:
             ValueError, TypeError: the quantizer refuses the indices.
         """
+        if not isinstance(indices, Tensor):
+            raise TypeError(
+                f"indices is a {type(indices).__name__}; expected a torch.Tensor, there is one token stream"
+            )
         quantized = self.quantizer.codes_to_output(indices)
         return self._to_images(self.decoder(quantized)).clamp(0, 1)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -21,7 +22,18 @@ from torch import Tensor
 
 from vqkernels.training.config import TrainingError, require
 
-__all__ = ["Crops", "ImageSet", "Split", "built_in_photographs", "evaluation_crops", "image_folder", "sample_crops"]
+__all__ = [
+    "Crops",
+    "ImageSet",
+    "Split",
+    "built_in_photographs",
+    "decode_image",
+    "evaluation_crops",
+    "file_digest",
+    "image_folder",
+    "image_paths",
+    "sample_crops",
+]
 
 Pixels = NDArray[np.uint8]
 
@@ -88,7 +100,7 @@ class Split:
     skipped: tuple[tuple[str, str], ...] = ()
 
 
-def _decode(path: Path, size: int, resize: int | None) -> Pixels:
+def decode_image(path: Path | BinaryIO, size: int, resize: int | None) -> Pixels:
     """RGB pixels of the first frame; the shorter side is ``resize``, or at least ``size``."""
     image_module, ops = require("PIL.Image"), require("PIL.ImageOps")
     with image_module.open(path) as opened:
@@ -108,10 +120,11 @@ def _decode(path: Path, size: int, resize: int | None) -> Pixels:
 
 
 def _loader(size: int, resize: int | None) -> Callable[[Path], Pixels]:
-    return lambda path: _decode(path, size, resize)
+    return lambda path: decode_image(path, size, resize)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -129,7 +142,7 @@ def built_in_photographs(size: int, resize: int | None = None) -> Split:
     def collect(names: Sequence[str]) -> ImageSet:
         paths = [_photograph(name) for name in names]
         stems = [path.stem for path in paths]
-        return ImageSet(stems, paths, [_digest(path) for path in paths], _loader(size, resize))
+        return ImageSet(stems, paths, [file_digest(path) for path in paths], _loader(size, resize))
 
     require("PIL.Image")
     return Split(collect(TRAIN_PHOTOGRAPHS), collect(HELD_OUT_PHOTOGRAPHS))
@@ -171,13 +184,13 @@ def image_folder(folder: str, size: int, resize: int | None = None, held_out: fl
     if not root.is_dir():
         raise TrainingError(f"{folder} is not a folder")
     skipped: list[tuple[str, str]] = []
-    paths = sorted(_walk(root, skipped), key=lambda path: path.relative_to(root).as_posix())
+    paths = sorted(image_paths(root, skipped), key=lambda path: path.relative_to(root).as_posix())
     load = _loader(size, resize)
 
     def check(path: Path) -> tuple[str | None, str]:
         try:
             load(path)
-            return _digest(path), ""
+            return file_digest(path), ""
         except Exception as e:  # decoders raise whatever the damage makes them raise
             return None, str(e) or type(e).__name__
 
@@ -208,7 +221,13 @@ def image_folder(folder: str, size: int, resize: int | None = None, held_out: fl
     return Split(collect(False), collect(True), tuple(skipped))
 
 
-def _walk(root: Path, skipped: list[tuple[str, str]]) -> Iterator[Path]:
+def image_paths(root: Path, skipped: list[tuple[str, str]]) -> Iterator[Path]:
+    """Files below ``root`` with the suffix of an image; folders that cannot be read go to ``skipped``.
+
+    Raises:
+        TrainingError: ``root`` itself cannot be read.
+    """
+
     def report(error: OSError) -> None:
         if error.filename == str(root):
             raise TrainingError(f"{root} cannot be read: {error.strerror}") from error
