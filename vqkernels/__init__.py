@@ -4,10 +4,12 @@ from vqkernels.dispatch import Unsupported, use_backend
 from vqkernels.functional import VQOutput, codebook_sum, explain, lookup, nearest, vector_quantize
 from vqkernels.info import info
 from vqkernels.nn.vector_quantizer import VectorQuantizer
+from vqkernels.patch import PatchReport, patch, unpatch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PatchReport",
     "Unsupported",
     "VQOutput",
     "VectorQuantizer",
@@ -17,6 +19,8 @@ __all__ = [
     "info",
     "lookup",
     "nearest",
+    "patch",
+    "unpatch",
     "use_backend",
     "vector_quantize",
 ]
