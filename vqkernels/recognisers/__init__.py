@@ -16,7 +16,7 @@ from vqkernels.recognisers._adapter import Adapter
 __all__ = ["FAMILIES", "Adapter", "adapters", "ignored"]
 
 # In the order in which they are asked.
-FAMILIES: tuple[str, ...] = ()
+FAMILIES = ("vector_quantize_pytorch",)
 
 
 def _families() -> Iterator[ModuleType]:
