@@ -15,6 +15,7 @@ from vqkernels.nn import (
     SplitResidualVectorQuantizer,
     VectorQuantizer,
 )
+from vqkernels.patch import PatchReport, patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "LFQ",
     "GroupedResidualVectorQuantizer",
     "MultiScaleVectorQuantizer",
+    "PatchReport",
     "RandomProjectionQuantizer",
     "ResidualVectorQuantizer",
     "SimVQ",
@@ -37,6 +39,8 @@ __all__ = [
     "info",
     "lookup",
     "nearest",
+    "patch",
+    "unpatch",
     "use_backend",
     "vector_quantize",
 ]
