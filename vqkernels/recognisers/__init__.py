@@ -16,7 +16,13 @@ from vqkernels.recognisers._adapter import Adapter
 __all__ = ["FAMILIES", "Adapter", "adapters", "ignored"]
 
 # In the order in which they are asked.
-FAMILIES: tuple[str, ...] = ()
+FAMILIES: tuple[str, ...] = (
+    "transformers_audio",
+    "transformers_image",
+    "taming",
+    "llamagen",
+    "codecs",
+)
 
 
 def _families() -> Iterator[ModuleType]:
