@@ -20,7 +20,7 @@ __all__ = ["ADAPTERS"]
 class LlamaGenQuantizer(Adapter):
     """LlamaGen's: unit vectors if ``l2_norm``, four training losses in a tuple, usage over the last 65536 tokens.
 
-    The original computes the entropy loss over N x K also when its weight is 0; then it is a plain 0 here. With a
+    The original computes the entropy loss over N x K also when its weight is 0; then it is 0 times another loss here. With a
     weight it needs all distances: such a module is left to the original in training.
     """
 
@@ -42,11 +42,12 @@ class LlamaGenQuantizer(Adapter):
         codes = module.embedding.weight
         if module.l2_norm:
             z, codes = functional.normalize(z, dim=1), functional.normalize(codes, dim=-1)
-        out = quantize_map(z, codes)
+        # Without losses nothing reaches the codes: no gradient then, as in the original, rather than one of zeros.
+        out = quantize_map(z, codes if module.training else codes.detach())
         if not module.training:
             return out.quantized, (None, None, None, 0), (None, None, out.indices)
         usage: float = self._count_usage(out.indices) if module.show_usage else 0
-        losses = (out.codebook_loss, module.beta * out.commitment_loss, out.codebook_loss.new_zeros(()), usage)
+        losses = (out.codebook_loss, module.beta * out.commitment_loss, 0.0 * out.codebook_loss, usage)
         return out.quantized, losses, (None, None, out.indices)
 
     @torch.no_grad()

@@ -84,7 +84,7 @@ def _remap_to_used(module: Any, indices: Tensor) -> Tensor:
     places = torch.arange(len(used), device=used.device, dtype=used.dtype)
     table.scatter_reduce_(0, torch.where(valid, used, outside), places, "amin")  # the first place of a duplicate
     table[outside:] = unknown_place
-    new = table[torch.where((rows >= 0) & (rows < outside), rows, outside + 1)]
+    new: Tensor = table[torch.where((rows >= 0) & (rows < outside), rows, outside + 1)]
     unknown = new == unknown_place
     if module.unknown_index == "random":
         # Drawn as the original draws, on the CPU and by count: the same seed gives the same indices.
