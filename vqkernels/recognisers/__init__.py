@@ -17,6 +17,7 @@ __all__ = ["FAMILIES", "Adapter", "adapters", "ignored"]
 
 # In the order in which they are asked.
 FAMILIES: tuple[str, ...] = (
+    "vector_quantize_pytorch",
     "transformers_audio",
     "transformers_image",
     "taming",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -47,6 +47,10 @@ class Adapter(nn.Module):
     parts: ClassVar[Mapping[str, type[Adapter]]] = {}
     available_fixes: ClassVar[Mapping[str, str]] = {}
     fixes: ClassVar[frozenset[str]] = frozenset()
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # attributes are the original's
 
     @classmethod
     def unsupported(cls, module: Any) -> str | None:
