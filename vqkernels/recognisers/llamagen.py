@@ -20,8 +20,8 @@ __all__ = ["ADAPTERS"]
 class LlamaGenQuantizer(Adapter):
     """LlamaGen's: unit vectors if ``l2_norm``, four training losses in a tuple, usage over the last 65536 tokens.
 
-    The original computes the entropy loss over N x K also when its weight is 0; then it is 0 times another loss here. With a
-    weight it needs all distances: such a module is left to the original in training.
+    The original computes the entropy loss over N x K also when its weight is 0; then it is 0 times another loss here.
+    With a weight it needs all distances: such a module is left to the original in training.
     """
 
     targets = ("*.vq_model.VectorQuantizer",)
