@@ -110,7 +110,8 @@ COMPOSED: dict[str, tuple[Make, tuple[int, ...]]] = {
         (3, 37, D),
     ),
     "residual kmeans dead codes": (
-        make(ResidualVQ, num_quantizers=3, kmeans_init=True, threshold_ema_dead_code=2),
+        # With rotation: a dead code becomes a row, its residual is rounding noise, and the next level divides by that.
+        make(ResidualVQ, num_quantizers=3, kmeans_init=True, threshold_ema_dead_code=2, rotation_trick=False),
         (3, 37, D),
     ),
     "residual projected": (make(ResidualVQ, num_quantizers=3, codebook_dim=4), (3, 37, D)),
@@ -163,7 +164,8 @@ def test_five_training_steps_and_evaluation(name: str) -> None:
         assert_same_step(original, twin, batch(shape, 8, grad=False), seed=8, call={})
         for model in (original, twin):
             model.train()
-        assert_same_step(original, twin, batch(shape, 9), seed=9, call={})
+        if name != "in place":  # its own backward pass cannot run there
+            assert_same_step(original, twin, batch(shape, 9), seed=9, call={})
     assert_same_state(original, twin)
 
 
@@ -188,7 +190,6 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "weight function": ("default", {"ema_update_weight": lambda sums, counts: (counts > 1).float()}),
     "no update": ("default", {"ema_update": False}),
     "indices": ("default", {"indices": torch.arange(3 * 37).reshape(3, 37) % K}),
-    "indices residual": ("residual", {"indices": torch.arange(3 * 37 * 3).reshape(3, 37, 3) % K}),
     "all codes": ("residual", {"return_all_codes": True}),
     "all codes dropout": ("residual dropout", {"return_all_codes": True}),
     "dropout seed": ("residual dropout", {"rand_quantize_dropout_fixed_seed": 5}),
@@ -220,3 +221,21 @@ def test_random_projections_are_searched_by_the_patched_codebook() -> None:
     original, twin = pair(make(RandomProjectionQuantizer, codebook_dim=4, num_codebooks=3))
     x = batch((3, 37, D), 0, grad=False)
     assert torch.equal(original(x), twin(x))
+
+
+def test_what_crashes_upstream_crashes_with_the_same_error() -> None:
+    # ResidualVQ with indices unpacks two results as three; an image needs C == H == W; batches are not heads.
+    calls: list[tuple[Make, Tensor, dict[str, Any]]] = [
+        (make(ResidualVQ, num_quantizers=2), batch((3, 37, D), 0), {"indices": torch.zeros(3, 37, 2).long()}),
+        (make(ResidualVQ, num_quantizers=2, accept_image_fmap=True), batch((3, D, 5, 7), 0), {}),
+        (make(VQ), batch((3, 5, 7, D), 0), {}),
+        (make(VQ), batch((3, 5, D + 1), 0), {}),
+        (make(VQ, accept_image_fmap=True), batch((3, D - 1, D, D), 0), {}),
+        (make(SimVQ), batch((3, 5, D + 1), 0), {}),
+        (make(VQ, heads=2, codebook_dim=5), batch((3, 37, D), 0), {"mask": MASK}),
+    ]
+    for build, x, call in calls:
+        for model in pair(build):
+            with pytest.raises((ValueError, RuntimeError, IndexError)) as found:
+                model(x, **call)
+            assert "vqkernels" not in str(found.value)

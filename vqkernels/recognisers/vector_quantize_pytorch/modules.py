@@ -40,7 +40,7 @@ class VectorQuantizeAdapter(Adapter):
             "ema_update",
         )
     }
-    attributes = ("has_codebook_diversity_loss", "has_commitment_loss", "commitment_use_cross_entropy_loss")
+    attributes = ("dim", "has_codebook_diversity_loss", "has_commitment_loss", "commitment_use_cross_entropy_loss")
 
     @classmethod
     def describe(cls, module: Any) -> str:
@@ -110,6 +110,7 @@ class VectorQuantizeAdapter(Adapter):
             self.training
             and x.is_floating_point()
             and (x.dim() in (2, 3) if not image else x.dim() == (5 if self.accept_3d_fmap else 4))
+            and x.shape[1 if image or (x.dim() == 3 and not self.channel_last) else -1] == self.dim
             and not self.has_codebook_diversity_loss
             and not self.has_codebook_orthogonal_loss
             and not self.directional_reparam
@@ -187,9 +188,13 @@ class SimVQAdapter(Adapter):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = x.movedim(1, -1) if self.channel_first else x
+        codes = self.codebook
+        if z.dim() < 2 or z.shape[-1] != codes.shape[-1] or not z.is_floating_point():
+            outcome: tuple[Tensor, Tensor, Tensor] = super().forward(x)  # its own error
+            return outcome
         rows = z.flatten(1, -2).unsqueeze(0) if z.dim() > 2 else z.unsqueeze(0).unsqueeze(2)
-        gradient = "rotation" if self.rotation_trick else "straight_through"
-        out = quantize_rows(rows, self.codebook.unsqueeze(0), metric="l2", gradient=gradient)
+        gradient = ("rotation" if self.rotation_trick else "straight_through") if x.requires_grad else "none"
+        out = quantize_rows(rows, codes.unsqueeze(0), metric="l2", gradient=gradient)
         quantized = out.quantized.reshape(z.shape)
         if self.channel_first:
             quantized = quantized.movedim(-1, 1)
