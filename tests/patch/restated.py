@@ -242,6 +242,12 @@ class Descript(nn.Module):
         return self.out_proj(through(latents, q)), to_input, to_codes, indices, latents
 
 
+def sample_rows(rows: Tensor, count: int) -> Tensor:
+    """Different rows if there are enough, else with repetition."""
+    enough = len(rows) >= count
+    return rows[torch.randperm(len(rows))[:count] if enough else torch.randint(0, len(rows), (count,))]
+
+
 @stands_for("encodec.quantization.core_vq.EuclideanCodebook")
 class EncodecCodebook(nn.Module):
     """EnCodec and AudioCraft: k-means start, moving averages, expiry that the update undoes."""
@@ -265,15 +271,10 @@ class EncodecCodebook(nn.Module):
         self.register_buffer("embed", embed)
         self.register_buffer("embed_avg", embed.clone())
 
-    def _sample(self, rows: Tensor) -> Tensor:
-        enough = len(rows) >= self.codebook_size
-        chosen = torch.randperm(len(rows)) if enough else torch.randint(0, len(rows), (self.codebook_size,))
-        return rows[chosen[: self.codebook_size]]
-
     def init_embed_(self, data: Tensor) -> None:
         if self.inited:
             return
-        means = self._sample(data)
+        means = sample_rows(data, self.codebook_size)
         for _ in range(self.kmeans_iters):
             nearest = (data[:, None] - means).square().sum(-1).argmin(1)
             counts = torch.bincount(nearest, minlength=self.codebook_size)
@@ -286,7 +287,7 @@ class EncodecCodebook(nn.Module):
     def expire_codes_(self, batch_samples: Tensor) -> None:
         expired = self.cluster_size < self.threshold_ema_dead_code
         if self.threshold_ema_dead_code and expired.any():
-            self.embed.copy_(torch.where(expired[:, None], self._sample(batch_samples), self.embed))
+            self.embed.copy_(torch.where(expired[:, None], sample_rows(batch_samples, self.codebook_size), self.embed))
 
     def preprocess(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqkernels.functional import codebook_sum, nearest
 from vqkernels.recognisers._adapter import Adapter
+from vqkernels.recognisers._copies import unknown_attributes
 
 __all__ = ["ADAPTERS"]
 
@@ -25,6 +26,10 @@ class DescriptQuantizer(Adapter):
     overrides = ("decode_latents",)
     signatures: ClassVar = {"decode_latents": ("latents",), "decode_code": ("embed_id",)}
     attributes = ("codebook", "in_proj", "out_proj", "codebook_dim")
+
+    @classmethod
+    def unsupported(cls, module: Any) -> str | None:
+        return unknown_attributes(module, cls.overrides, (*cls.attributes, "codebook_size", "decode_code"))
 
     def decode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         module: Any = self
@@ -50,6 +55,11 @@ class EuclideanCodebook(Adapter):
         "expire_codes_": ("batch_samples",),
     }
     attributes = ("inited", "cluster_size", "embed", "embed_avg", "decay", "epsilon", "kmeans_iters")
+
+    @classmethod
+    def unsupported(cls, module: Any) -> str | None:
+        helpers = ("codebook_size", "threshold_ema_dead_code", "dequantize", "expire_codes_", "replace_")
+        return unknown_attributes(module, cls.overrides, (*cls.attributes, *cls.relies_on, *helpers))
 
     @classmethod
     def describe(cls, module: Any) -> str:
@@ -136,6 +146,11 @@ class MoshiCodebook(Adapter):
     signatures: ClassVar = {"_quantize": ("x",), "encode": ("x",)}
     # Not "embedding": that property keeps what it computes, and would keep it from before a checkpoint is loaded.
     attributes = ("cluster_usage", "embedding_sum")
+
+    @classmethod
+    def unsupported(cls, module: Any) -> str | None:
+        # "dim" is an attribute, and a method of the tensors that these methods are about.
+        return unknown_attributes(module, cls.overrides, (*cls.attributes, *cls.relies_on, "embedding", "dim"))
 
     @classmethod
     def describe(cls, module: Any) -> str:

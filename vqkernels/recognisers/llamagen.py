@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vqkernels.recognisers._adapter import Adapter
+from vqkernels.recognisers._copies import unknown_attributes
 from vqkernels.recognisers._feature_maps import quantize_map
 
 __all__ = ["ADAPTERS"]
@@ -27,6 +28,10 @@ class LlamaGenQuantizer(Adapter):
     targets = ("*.vq_model.VectorQuantizer",)
     signatures: ClassVar = {"forward": ("z",)}
     attributes = ("embedding", "beta", "n_e", "e_dim", "entropy_loss_ratio", "l2_norm", "show_usage")
+
+    @classmethod
+    def unsupported(cls, module: Any) -> str | None:
+        return unknown_attributes(module, cls.overrides, (*cls.attributes, "codebook_used"))
 
     @classmethod
     def describe(cls, module: Any) -> str:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from vqkernels.functional import codebook_sum, lookup
 from vqkernels.recognisers._adapter import Adapter
+from vqkernels.recognisers._copies import unknown_attributes
 from vqkernels.recognisers._feature_maps import quantize_map
 
 __all__ = ["ADAPTERS", "IGNORED"]
@@ -26,6 +27,11 @@ class Quantizer2(Adapter):
     overrides = ("forward", "remap_to_used")
     signatures: ClassVar = {"forward": ("z", "temp", "rescale_logits", "return_logits"), "remap_to_used": ("inds",)}
     attributes = ("embedding", "beta", "legacy", "remap", "sane_index_shape")
+
+    @classmethod
+    def unsupported(cls, module: Any) -> str | None:
+        sizes = ("n_e", "e_dim", "vq_embed_dim", "re_embed", "used", "unknown_index")
+        return unknown_attributes(module, cls.overrides, (*cls.attributes, *sizes))
 
     @classmethod
     def describe(cls, module: Any) -> str:
@@ -106,6 +112,10 @@ class Quantizer1(Adapter):
     attributes = ("embedding", "beta", "n_e", "e_dim")
 
     @classmethod
+    def unsupported(cls, module: Any) -> str | None:
+        return unknown_attributes(module, cls.overrides, cls.attributes)
+
+    @classmethod
     def describe(cls, module: Any) -> str:
         return f"beta={module.beta:g} on the codebook loss; still returns its N x K one-hot matrix"
 
@@ -133,7 +143,7 @@ class EmaQuantizer(Adapter):
     def unsupported(cls, module: Any) -> str | None:
         if getattr(module, "remap", None) is not None:
             return "remap is set, which the original's forward ignores or not, depending on the copy"
-        return None
+        return unknown_attributes(module, cls.overrides, cls.attributes)
 
     @classmethod
     def describe(cls, module: Any) -> str:
