@@ -299,7 +299,13 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks import charts
 
     images = charts.draw(results, options.docs / IMAGES.relative_to(ROOT))
-    for document in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md", "docs/drop-in.md"):
+    for document in (
+        "README.md",
+        "benchmarks/README.md",
+        "benchmarks/NOTES.md",
+        "docs/drop-in.md",
+        "docs/drop-in-models.md",
+    ):
         path = options.docs / document
         for image in images:
             kind = image.stem.removeprefix("bench-")

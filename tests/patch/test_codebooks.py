@@ -238,3 +238,11 @@ def test_zero_rows_and_zero_codes_have_defined_answers() -> None:
     latents[0, :, 1] = patched.codebook.weight.data[5]
     assert patched.decode_latents(latents)[1].tolist() == [[0, 5]]
     assert functional.normalize(latents, dim=1)[0, :, 0].eq(0).all()
+
+
+def test_gumbel_quantizers_of_speech_models_are_left_alone_with_the_reason() -> None:
+    make = transformers_class("wavlm", "WavLMGumbelVectorQuantizer")
+    sizes = {"num_codevector_groups": 2, "num_codevectors_per_group": 5, "codevector_dim": 6, "conv_dim": [4]}
+    report = vqkernels.patch(make(SimpleNamespace(**sizes)), strict=True)
+    assert not report.replaced
+    assert "softmax" in report.skipped[0].reason

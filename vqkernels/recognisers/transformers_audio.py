@@ -12,7 +12,7 @@ from torch import Tensor
 from vqkernels.functional import nearest
 from vqkernels.recognisers._adapter import Adapter
 
-__all__ = ["ADAPTERS"]
+__all__ = ["ADAPTERS", "IGNORED"]
 
 _MODELS = "transformers.models"
 
@@ -57,3 +57,16 @@ class DacQuantizer(Adapter):
 
 
 ADAPTERS = (EncodecCodebook, DacQuantizer)
+_SPEECH = {
+    "wav2vec2": "Wav2Vec2",
+    "wav2vec2_conformer": "Wav2Vec2Conformer",
+    "wavlm": "WavLM",
+    "unispeech": "UniSpeech",
+    "unispeech_sat": "UniSpeechSat",
+}
+IGNORED = {
+    f"{_MODELS}.{name}.modeling_{name}.{prefix}GumbelVectorQuantizer": (
+        "samples from a softmax over all codes: there is no nearest code to search for"
+    )
+    for name, prefix in _SPEECH.items()
+}
