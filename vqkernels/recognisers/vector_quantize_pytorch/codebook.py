@@ -103,6 +103,7 @@ class CodebookAdapter(Adapter):
             )
         with torch.autocast(x.device.type, enabled=False):
             mask = _mask_of(rows, mask)
+            self.initialize(rows, mask)
             codes = self.prepare(rows, mask)
             indices, _ = ops.nearest(rows.detach(), codes.detach(), self.metric)
             quantized = lookup_rows(codes, indices, is_channel_first(rows))
@@ -168,10 +169,14 @@ class CodebookAdapter(Adapter):
         wanted = options.get("stochastic", False) or options.get("straight_through", False)
         return bool(wanted and self.training and temperature > 0)
 
-    def prepare(self, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """The codes to compare with: initialised, learnable or not, through the bridge, through the affine map."""
+    def initialize(self, rows: Tensor, mask: Tensor | None) -> None:
+        """k-means on the first rows. Apart from :meth:`prepare`: a compiled graph breaks here, at the test of a buffer,
+        and must not carry a detached view of the codes, which the update changes in place, across the gap."""
         if not self.initted:
             self.init_embed_(rows.flatten(1, 2), mask=mask)
+
+    def prepare(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """The codes to compare with: learnable or not, through the bridge, through the affine map."""
         if self.affine_param:
             self.update_affine(rows.flatten(1, 2), self.embed, mask=mask)
         embed = self.embed if self.learnable_codebook else self.embed.detach()

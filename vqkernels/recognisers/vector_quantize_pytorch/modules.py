@@ -139,6 +139,7 @@ class VectorQuantizeAdapter(Adapter):
         routed = x.requires_grad and self.route_gradients_to_input
         gradient = ("rotation" if self.rotation_trick else "straight_through") if routed else "none"
         with torch.autocast(x.device.type, enabled=False):
+            codebook.initialize(rows, None)
             codes = codebook.prepare(rows, None)
             out = quantize_rows(rows, _snapshot(codes), metric=codebook.metric, gradient=gradient)
             if not freeze:
