@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import vqkernels
 from vqkernels.testing import oracle_nearest
@@ -118,3 +119,15 @@ def permuted(x: Tensor, order: Iterable[int]) -> Tensor:
     order = list(order)
     inverse = [order.index(i) for i in range(len(order))]
     return x.permute(order).contiguous().permute(inverse)
+
+
+class LargestTensor(TorchFunctionMode):
+    """Remembers the number of elements of the largest result while it is on."""
+
+    largest = 0
+
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out

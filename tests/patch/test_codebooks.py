@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import close, compare, pair, permuted, round_trip, same_buffers, wrong_rows
+from pairs import LargestTensor, close, compare, pair, permuted, round_trip, same_buffers, wrong_rows
 from restated import Descript, EncodecCodebook, EncodecLevels, MoshiCodebook
 from torch import Tensor, nn
 from torch.nn import functional
@@ -184,19 +184,9 @@ def test_encodec_keeps_ranks_in_step_as_its_library_does(monkeypatch: pytest.Mon
 
 def test_encodec_codebook_holds_no_matrix_of_rows_by_codes() -> None:
     _, patched = pair(EncodecCodebook(4, 512, kmeans_init=True, kmeans_iters=2).train())
-    largest = 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with Watch():
+    with LargestTensor() as watch:
         patched(torch.randn(3000, 4))
-    assert largest <= 3000 * 4
+    assert watch.largest == 3000 * 4
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import close, compare, pair, permuted, round_trip, same_buffers, wrong_rows
+from pairs import LargestTensor, close, compare, pair, permuted, round_trip, same_buffers, wrong_rows
 from restated import LlamaGen, Taming1, Taming2, TamingEma, TamingGumbel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -135,6 +135,18 @@ def test_codes_are_the_nearest_where_the_original_misses_them(name: str, kind: s
         assert out[1].dtype == expected[1].dtype
         rounding = 2**-8 if expected[1].dtype == torch.bfloat16 else 1e-6
         assert abs(float(out[1]) - wanted) <= max(abs(float(expected[1]) - wanted), rounding * wanted)
+
+
+def test_no_matrix_of_rows_by_codes(name: str) -> None:
+    if "taming 1" in name or "EMA" in name:
+        pytest.skip("a one-hot matrix is part of what it returns")
+    original, patched = pair(spread(MAKE[name]()).train())
+    with LargestTensor() as watch:
+        original(torch.randn(2, D, 40, 40))
+    assert watch.largest >= 3200 * K
+    with LargestTensor() as watch:
+        patched(torch.randn(2, D, 40, 40))
+    assert watch.largest <= max(3200 * D, 65536)  # LlamaGen's window of tokens
 
 
 def test_half_precision_latents_with_float_codes(name: str) -> None:

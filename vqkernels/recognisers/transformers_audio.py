@@ -45,6 +45,7 @@ class DacQuantizer(Adapter):
 
     targets = (f"{_MODELS}.dac.modeling_dac.DacVectorQuantize",)
     overrides = ("decode_latents",)
+    signatures: ClassVar = {"decode_latents": ("hidden_states",)}
     attributes = ("codebook",)
 
     def decode_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
