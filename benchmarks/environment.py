@@ -20,7 +20,7 @@ __all__ = ["RESULTS", "ROOT", "commit", "describe", "device", "now", "results_fo
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "numpy", "faiss-cpu", "vector-quantize-pytorch")
+PACKAGES = ("torch", "numpy", "faiss-cpu", "vector-quantize-pytorch", "transformers", "diffusers")
 
 
 def now() -> str:

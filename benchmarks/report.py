@@ -174,6 +174,30 @@ def _memory(cases: dict[str, Record]) -> str:
     return _markdown(header, rows, 3) + "\n\n" + note + _conditions(_ordered(cases))
 
 
+def _patched(cases: dict[str, Record]) -> str:
+    rows = []
+    for r in cases.values():
+        ratio, memory = r["speedup"], r["memory_mib"]
+        rows.append(
+            [
+                r["title"],
+                {"encode": "encode", "train": "training step"}[r["work"]],
+                r["size"] + (f", {r['levels']} levels" if r["levels"] > 1 else ""),
+                *(_milliseconds(r["ms"][who]["median"]) for who in ("original", "patched")),
+                f"{_times(ratio['median'])} [{_times(ratio['q25'])}, {_times(ratio['q75'])}]",
+                *(f"{memory[who]:.1f}" if who in memory else "-" for who in ("original", "patched")),
+                _percent(r["differs_percent"]),
+            ]
+        )
+    header = ["quantizer", "work", "N x K x D", "original, ms", "patched, ms", "ratio [quartiles]"]
+    header += ["original, MiB", "patched, MiB", "codes that differ, %"]
+    note = (
+        "Milliseconds are medians, MiB the rise of the peak during one call. Codes that differ: from the original's, "
+        "over all levels; the patched codes of the first level were the exact ones. "
+    )
+    return _markdown(header, rows, 3) + "\n\n" + note + _conditions(list(cases.values()))
+
+
 def _scaling(cases: dict[str, Record]) -> str:
     letter = {"rows": "N", "codes": "K", "dim": "D"}
     rows = []
@@ -270,12 +294,21 @@ def main(arguments: list[str] | None = None) -> int:
             sections["memory-short"] = _memory_short(cases)
     if cases := results.get("scaling"):
         sections["scaling"] = _scaling(cases)
+    if cases := results.get("patched"):
+        sections["patched"] = _patched(cases)
     from benchmarks import charts, gpu_report
 
     images = charts.draw(results, options.docs / IMAGES.relative_to(ROOT))
     if (gpu := gpu_report.newest()) is not None:
         sections |= gpu_report.sections(gpu_report.load(gpu))
-    for document in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md", "docs/gpu.md"):
+    for document in (
+        "README.md",
+        "benchmarks/README.md",
+        "benchmarks/NOTES.md",
+        "docs/gpu.md",
+        "docs/drop-in.md",
+        "docs/drop-in-models.md",
+    ):
         path = options.docs / document
         for image in images:
             kind = image.stem.removeprefix("bench-")

@@ -17,7 +17,7 @@ import vqkernels
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import baselines, cases, check, environment, memory, report, run, stages, timing  # noqa: E402
+from benchmarks import baselines, cases, check, environment, memory, patched, report, run, stages, timing  # noqa: E402
 
 
 def test_default_cases_exist_and_make_what_they_say() -> None:
@@ -164,6 +164,32 @@ def test_tables_replace_what_was_there(tmp_path: Path) -> None:
         assert text.endswith("after\n")
     assert (tmp_path / "docs" / "img" / "bench-scaling.png").stat().st_size > 1000
     assert [p.name for p in results.iterdir()] == ["scaling.json"]
+
+
+def test_patched_quantizers_are_measured_behind_a_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    threads = torch.get_num_threads()
+    arguments = ["--quick", "--case", "emu3", "--threads", str(threads), "--results", str(tmp_path)]
+    monkeypatch.setattr(patched, "_measure_memory", lambda *args: {"emu3": {"original": 9.0, "patched": 0.5}})
+    assert patched.main(arguments) == 0
+    record = json.loads((tmp_path / "patched.json").read_text())["cases"]["emu3"]
+    assert record["size"] == "25 x 32768 x 4"
+    assert record["speedup"]["median"] > 1
+    document = tmp_path / "README.md"
+    document.write_text("<!-- results:patched -->\n<!-- /results:patched -->\n")
+    assert report.main(["--results", str(tmp_path), "--docs", str(tmp_path)]) == 0
+    assert "| transformers Emu3 | encode | 25 x 32768 x 4 |" in document.read_text()
+
+    right = vqkernels.nearest
+
+    def wrong(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        indices, score = right(*args, **kwargs)
+        return indices + 1, score
+
+    monkeypatch.setattr("vqkernels.recognisers.transformers_image.nearest", wrong)
+    assert patched.main(arguments) == 1
 
 
 def test_slope_of_a_power_law() -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     ("vqkernels.training",),
     ("vqkernels.models",),
     ("vqkernels",),
-    ("vqkernels.patch", "vqkernels.recognisers"),
+    ("vqkernels.convert", "vqkernels.patch", "vqkernels.recognisers"),
     ("vqkernels.nn", "vqkernels.distributed"),
     ("vqkernels.testing",),
     ("vqkernels.functional",),

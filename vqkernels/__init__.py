@@ -1,5 +1,6 @@
 """Exact, fused vector quantization for PyTorch."""
 
+from vqkernels.convert import convert
 from vqkernels.dispatch import Unsupported, use_backend
 from vqkernels.functional import VQOutput, codebook_sum, explain, lookup, nearest, vector_quantize
 from vqkernels.info import info
@@ -35,6 +36,7 @@ __all__ = [
     "VectorQuantizer",
     "__version__",
     "codebook_sum",
+    "convert",
     "explain",
     "info",
     "lookup",

@@ -77,7 +77,8 @@ def nearest(
     """
     arguments.check_choice("metric", metric)
     arguments.check_choice("precision", precision)
-    dispatch.requested(backend)
+    if not torch.compiler.is_compiling():  # Dynamo cannot read the context; the op asks again when it runs
+        dispatch.requested(backend)
     arguments.check_codebook(codebook)
     arguments.check_rows("x", x, codebook)
     rows = arguments.to_rows(x.detach(), codebook.dim() == 3)

@@ -16,7 +16,14 @@ from vqkernels.recognisers._adapter import Adapter
 __all__ = ["FAMILIES", "Adapter", "adapters", "ignored"]
 
 # In the order in which they are asked.
-FAMILIES = ("vector_quantize_pytorch",)
+FAMILIES: tuple[str, ...] = (
+    "vector_quantize_pytorch",
+    "transformers_audio",
+    "transformers_image",
+    "taming",
+    "llamagen",
+    "codecs",
+)
 
 
 def _families() -> Iterator[ModuleType]:
