@@ -80,17 +80,34 @@ def test_header_is_parsed_completely() -> None:
     assert len(header_functions()) == len(re.findall(r"^VQK_API ", HEADER, flags=re.M)) > 10
 
 
-def test_functions_match_the_ctypes_table() -> None:
-    assert header_functions() == _native.SIGNATURES
+def test_functions_match_the_ctypes_tables() -> None:
+    header = header_functions()
+    assert header == _native.SIGNATURES | _cuda.SIGNATURES
+    assert {n for n in header if not n.startswith("vqk_cuda_")} == set(_native.SIGNATURES)
+    assert {n for n in header if n.startswith("vqk_cuda_")} <= set(_cuda.SIGNATURES)
 
 
-def test_functions_match_the_exported_symbols(library: ctypes.CDLL) -> None:
+def exported(path: str) -> set[str]:
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("nm (binutils) is not installed")
-    listing = subprocess.run([nm, "-D", "--defined-only", library._name], capture_output=True, text=True, check=True)
+    listing = subprocess.run([nm, "-D", "--defined-only", path], capture_output=True, text=True, check=True)
     symbols = {line.split()[-1].partition("@")[0] for line in listing.stdout.splitlines() if " T " in line}
-    assert {s for s in symbols if s.startswith("vqk")} == set(header_functions())
+    return {s for s in symbols if s.startswith("vqk")}
+
+
+def test_functions_match_the_exported_symbols(library: ctypes.CDLL) -> None:
+    assert exported(library._name) == set(_native.SIGNATURES)
+
+
+def test_functions_match_the_exported_symbols_of_the_cuda_library() -> None:
+    try:
+        path = _cuda.path()
+    except OSError as e:
+        if os.environ.get("VQKERNELS_REQUIRE_CUDA"):
+            pytest.fail(f"VQKERNELS_REQUIRE_CUDA is set, and {e}")
+        pytest.skip(str(e))
+    assert exported(str(path)) == set(_cuda.SIGNATURES)
 
 
 def test_library_needs_neither_torch_nor_python_nor_openmp(library: ctypes.CDLL) -> None:
