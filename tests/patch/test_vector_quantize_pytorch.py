@@ -181,6 +181,8 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "mask in place": ("in place", {"mask": MASK}),
     "mask residual": ("residual", {"mask": MASK}),
     "topk": ("default", {"topk": 4}),
+    "top one": ("default", {"topk": 1}),
+    "top one mask": ("default", {"topk": 1, "mask": MASK}),
     "temperature": ("stochastic", {"sample_codebook_temp": 0.0}),
     "freeze": ("default", {"freeze_codebook": True}),
     "breakdown": ("default", {"return_loss_breakdown": True}),

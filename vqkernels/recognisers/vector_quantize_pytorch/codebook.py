@@ -84,7 +84,7 @@ class CodebookAdapter(Adapter):
         rows = _to_rows(x)
         if (
             self.needs_distances
-            or topk is not None
+            or (topk is not None and topk != 1)
             or codebook_transform_fn is not None
             or self.draws_at_random(sample_codebook_temp)
             or (rows.shape[0], rows.shape[-1]) != (self.embed.shape[0], self.embed.shape[-1])  # its own error
@@ -107,9 +107,10 @@ class CodebookAdapter(Adapter):
             codes = self.prepare(rows, mask)
             indices, _ = ops.nearest(rows.detach(), codes.detach(), self.metric)
             quantized = lookup_rows(codes, indices, is_channel_first(rows))
-            if self.training and update_usage and not freeze_codebook:
+            if topk is None and self.training and update_usage and not freeze_codebook:
                 self.update(rows, indices, mask, ema_update_weight, accum_ema_update, ema_update)
-        return quantized.reshape(x.shape), indices.reshape(x.shape[:-1]), None
+        quantized, indices = quantized.reshape(x.shape), indices.reshape(x.shape[:-1])
+        return (quantized, indices, None) if topk is None else (quantized.unsqueeze(-2), indices.unsqueeze(-1), None)
 
     def update_indices(
         self,
