@@ -210,9 +210,14 @@ def test_llamagen_counts_more_tokens_than_its_window() -> None:
     assert out[1][3] == len(out[2][2][-65536:].unique()) / K
 
 
-def test_llamagen_with_entropy_loss_equals_original() -> None:
-    original, patched = pair(spread(LlamaGen(K, D, 0.25, 0.1, True, False)).train())
+@pytest.mark.parametrize("units", [False, True])
+def test_llamagen_entropy_loss_in_chunks_equals_original(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqkernels.recognisers.llamagen._CHUNK_ELEMENTS", 7 * K)
+    original, patched = pair(spread(LlamaGen(K, D, 0.25, 0.1, units, False)).train())
     compare(original, patched, forward, torch.randn(2, D, 5, 6), True)
+    with LargestTensor() as watch:
+        patched(torch.randn(2, D, 40, 40))
+    assert watch.largest <= 3200 * D
 
 
 @pytest.mark.parametrize("shape", [(2, 3, D, 4, 5), (1, 1, D, 1, 1), (2, 1, D, 7, 3)])
