@@ -10,12 +10,12 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp)
+FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp tests/gpu_free/*.cu)
 # What the compiled library and the installed metadata are made of; Python sources are read in place.
-BUILT_FROM := pyproject.toml constraints.txt csrc/CMakeLists.txt $(CPP)
+BUILT_FROM := pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/cuda/CMakeLists.txt $(CPP)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench gpu asan clean
+.PHONY: help demo test check format bench gpu asan wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -63,6 +63,17 @@ asan: $(VENV)/.dev  ## the op tests on a library built with AddressSanitizer and
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S csrc -B build/asan -G Ninja -DVQK_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(ASAN_CXX)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/asan
 	$(ASAN_ENV) $(PYTEST) -p no:cacheprovider -m "not slow" -k "not reference" $(ASAN_TESTS) $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S csrc -B build/cuda_host_asan -G Ninja -DVQK_SANITIZE=ON -DVQK_CUDA_HOST=ON \
+	  -DCMAKE_CXX_COMPILER=$(ASAN_CXX)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda_host_asan --target vqk_cuda_host vqk_portable_selftest
+	build/cuda_host_asan/vqk_portable_selftest 4
+	$(ASAN_ENV) VQKERNELS_CUDA_LIBRARY=$(CURDIR)/build/cuda_host_asan/libvqk_cuda_host.so timeout 600 \
+	  $(BIN)/python -m pytest -p no:cacheprovider -p no:xdist -m "not slow" -k "not training_step" tests/gpu_free/hosted_*.py
+
+wheel: $(VENV)/.dev  ## dist/*.whl for any Python, with both libraries (VQKERNELS_REQUIRE_CUDA=1 insists on CUDA's)
+	rm -rf build/wheel && mkdir -p build/wheel dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair -w dist build/wheel/*.whl
 
 clean:  ## remove environments, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -58,7 +58,7 @@ def test_library_needs_neither_torch_nor_a_cuda_runtime() -> None:
 
 WITHOUT_GPU = """
 import sys, torch, vqkernels
-vqkernels.__path__[:] = [sys.argv[1], *vqkernels.__path__]
+vqkernels.__path__[:] = [sys.argv[1], *vqkernels.__path__, sys.argv[1]]
 from vqkernels import _cuda, ops
 assert str(_cuda.path()).startswith(sys.argv[1])
 indices, _ = vqkernels.nearest(torch.tensor([[0.9, 0.2], [0.0, 7.0]]), torch.eye(2))
