@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vqkernels
 from vqkernels import _triton
+from vqkernels._triton import selftest
 from vqkernels.ops.nearest import nearest
 from vqkernels.testing import assert_nearest, tie_cases
 
@@ -83,8 +84,20 @@ def test_large_searches_equal_the_cpu_and_themselves(n: int, k: int, d: int) -> 
         assert first[i].cpu().equal(expected[i])
 
 
+@pytest.mark.parametrize("rows", [3, 40, 3000])
+@pytest.mark.parametrize("d", [4, 8, 16, 64, 256, 1024])
+def test_published_accumulation_constant_holds(d: int, rows: int) -> None:
+    before = set(selftest.verdicts())
+    search(*data(rows, 100, d))
+    found = selftest.verdicts()
+    assert len(found) > 0
+    for key in set(found) - before:
+        print(f"{key[1]}: {found[key].share:.3f} of the published bound")
+    assert all(verdict.holds for verdict in found.values()), found
+
+
 @pytest.mark.parametrize("d", [8, 16, 64, 256, 1024])
-def test_published_accumulation_constant_holds(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_screens_own_bounds_enclose_worst_case_products(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # One large product and many that an aligned accumulator cuts off, all exact in float16: only A can be wrong.
     from vqkernels._triton import nearest_search
 
@@ -93,17 +106,17 @@ def test_published_accumulation_constant_holds(d: int, monkeypatch: pytest.Monke
     class Spy:
         def __getitem__(self, grid: Any) -> Any:
             def launch(*args: Any, **kwargs: Any) -> None:
-                merge[grid](*args, **kwargs)
-                seen.update(zip(merge.arg_names, args, strict=False))
+                screen[grid](*args, **kwargs)
+                seen.update(zip(screen.arg_names, args, strict=False))
 
             return launch
 
-    merge = nearest_search.merge
-    monkeypatch.setattr(nearest_search, "merge", Spy())
+    screen = nearest_search.screen
+    monkeypatch.setattr(nearest_search, "screen", Spy())
     for power in range(8, 14):
         for sign in (1.0, -1.0):
-            x = torch.full((64, d), 2.0**-power, device=DEVICE)
-            x *= 1 + torch.randint(0, 2, (64, d), device=DEVICE) / 1024
+            x = torch.full((200, d), 2.0**-power, device=DEVICE)
+            x *= 1 + torch.randint(0, 2, (200, d), device=DEVICE) / 1024
             x[:, 0] = 1.0
             codes = x[:1].clone()
             codes[:, 1:] *= sign
@@ -113,6 +126,101 @@ def test_published_accumulation_constant_holds(d: int, monkeypatch: pytest.Monke
             part = seen["part"].double()
             assert (part[0, :, 0].amax(0) <= best).all()
             assert (best <= part[0, :, 1].amax(0)).all()
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 1000, 3000])
+def test_every_number_of_rows_equals_the_cpu(n: int) -> None:
+    x, codes = data(n, 30000, 64)
+    found, expected = search(x, codes), vqkernels.nearest(x.cpu(), codes.cpu(), backend="reference")
+    assert found[0].cpu().equal(expected[0])
+    assert found[1].cpu().equal(expected[1])
+
+
+def test_row_counts_do_not_compile_kernels_anew() -> None:
+    from vqkernels._triton import nearest_search
+
+    _, codes = data(1, 500, 32)
+    for n in (100, 101, 1999):
+        search(torch.randn(n, 32, device=DEVICE), codes)
+
+    def compiled() -> list[int]:
+        caches = (nearest_search.screen.device_caches, nearest_search.resolve.device_caches)
+        return [len(cache[torch.cuda.current_device()][0]) for cache in caches]
+
+    before = compiled()
+    for n in (102, 160, 777, 1024):
+        search(torch.randn(n, 32, device=DEVICE), codes)
+    assert compiled() == before
+
+
+def test_capturing_before_the_first_search_is_a_clear_error() -> None:
+    x, codes = data(64, 500, 32)
+    known = dict(selftest._verdicts)
+    selftest._verdicts.clear()
+    try:
+        with (
+            pytest.raises(RuntimeError, match="so run it once before the capture"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            search(x, codes)
+    finally:
+        selftest._verdicts.update(known)
+    torch.cuda.synchronize()
+
+
+def test_a_captured_training_step_agrees_with_the_eager_one() -> None:
+    def module() -> vqkernels.VectorQuantizer:
+        torch.manual_seed(7)
+        return vqkernels.VectorQuantizer(64, 16, decay=0.9).to(DEVICE)
+
+    batches = torch.randn(6, 2, 16, 9, 5, device=DEVICE)
+    eager, graphed = module(), module()
+    losses = []
+    for batch in batches:
+        z = batch.clone().requires_grad_()
+        out = eager(z)
+        (out.quantized.square().mean() + out.loss).backward()
+        losses.append((out.loss.detach().clone(), z.grad))
+    static = batches[0].clone().requires_grad_()
+    start = {k: v.clone() for k, v in graphed.state_dict().items()}
+
+    def step() -> tuple[Tensor, Tensor]:
+        static.grad = None
+        out = graphed(static)
+        (out.quantized.square().mean() + out.loss).backward()
+        return out.loss, static.grad  # type: ignore[return-value]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    static.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradient = step()
+    with torch.no_grad():
+        for name, value in graphed.state_dict().items():
+            value.copy_(start[name])
+        for batch, (expected, dz) in zip(batches, losses, strict=True):
+            static.copy_(batch)
+            graph.replay()
+            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+            torch.testing.assert_close(gradient, dz, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(graphed.state_dict(), eager.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_training_step_takes_no_matrix_of_rows_and_codes() -> None:
+    vq = vqkernels.VectorQuantizer(16384, 8, decay=0.99, channel_dim=-1).to(DEVICE)
+    z = torch.randn(65536, 8, device=DEVICE, requires_grad=True)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = vq(z)
+        (out.quantized.sum() + out.loss).backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 200 * 2**20, f"{peak / 2**20:.0f} MiB; N x K floats are 4096"
 
 
 def test_cuda_graph_replays_the_search_on_new_values() -> None:
