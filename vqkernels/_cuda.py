@@ -77,12 +77,12 @@ def path() -> Path:
         return Path(override)
     import vqkernels
 
-    found = [p for root in vqkernels.__path__ for p in sorted((Path(root) / "lib").glob("libvqk_cuda[0-9]*.so"))]
-    if not found:
-        raise OSError("libvqk_cuda was not built (no working nvcc at install time, or VQKERNELS_CUDA=0)")
     major = (torch.version.cuda or "").partition(".")[0]
-    # The library brings its CUDA runtime along, so another major works too where the driver is new enough.
-    return next((p for p in found if p.stem == f"libvqk_cuda{major}"), found[-1])
+    for root in vqkernels.__path__:
+        if found := sorted((Path(root) / "lib").glob("libvqk_cuda[0-9]*.so")):
+            # The library brings its CUDA runtime along, so another major works too where the driver is new enough.
+            return next((p for p in found if p.stem == f"libvqk_cuda{major}"), found[-1])
+    raise OSError("libvqk_cuda was not built (no working nvcc at install time, or VQKERNELS_CUDA=0)")
 
 
 @functools.cache
