@@ -67,8 +67,8 @@ asan: $(VENV)/.dev  ## the op tests on a library built with AddressSanitizer and
 	  -DCMAKE_CXX_COMPILER=$(ASAN_CXX)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda_host_asan --target vqk_cuda_host vqk_portable_selftest
 	build/cuda_host_asan/vqk_portable_selftest 4
-	$(ASAN_ENV) VQKERNELS_CUDA_LIBRARY=$(CURDIR)/build/cuda_host_asan/libvqk_cuda_host.so timeout 600 \
-	  $(BIN)/python -m pytest -p no:cacheprovider -p no:xdist -m "not slow" -k "not training_step" tests/gpu_free/hosted_*.py
+	$(ASAN_ENV) VQKERNELS_CUDA_LIBRARY=$(CURDIR)/build/cuda_host_asan/libvqk_cuda_host.so \
+	  $(PYTEST) -p no:cacheprovider -m "not slow" -k "not training_step" tests/gpu_free/hosted_*.py
 
 wheel: $(VENV)/.dev  ## dist/*.whl for any Python, with both libraries (VQKERNELS_REQUIRE_CUDA=1 insists on CUDA's)
 	rm -rf build/wheel && mkdir -p build/wheel dist

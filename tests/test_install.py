@@ -115,6 +115,43 @@ def test_wheel_serves_every_python_and_carries_the_library(environment: Environm
 
 
 @pytest.mark.slow
+@needs_compiler
+def test_broken_nvcc_costs_the_cuda_library_only(environment: Environment) -> None:
+    done = environment.install(ROOT, VQKERNELS_REQUIRE_NATIVE="1", VQKERNELS_CUDA="1", CUDACXX=FALSE)
+    assert f"vqkernels: no CUDA library: {FALSE} does not work" in done.stdout + done.stderr
+    assert environment.probe()["library"] == str(environment.site / "vqkernels" / "lib" / "libvqk_cpu.so")
+    assert not list((environment.site / "vqkernels" / "lib").glob("libvqk_cuda*"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "line", "ok"),
+    [
+        ({"VQKERNELS_CUDA": "0"}, "vqkernels: no CUDA library: VQKERNELS_CUDA=0", True),
+        ({"VQKERNELS_CUDA": "1", "PATH": "/nowhere"}, "vqkernels: no CUDA library: there is no nvcc", True),
+        (
+            {"VQKERNELS_CUDA": "1", "CUDACXX": FALSE, "VQKERNELS_REQUIRE_CUDA": "1"},
+            "VQKERNELS_REQUIRE_CUDA is set",
+            False,
+        ),
+    ],
+    ids=["not wanted", "no nvcc", "required"],
+)
+def test_the_reason_for_no_cuda_library_is_one_line(
+    tmp_path: Path, variables: dict[str, str], line: str, ok: bool
+) -> None:
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("there is no cmake")
+    if Path("/usr/local/cuda/bin/nvcc").exists() and variables.get("PATH") == "/nowhere":
+        pytest.skip("nvcc lies where it is looked for without a path")
+    script = ROOT / "csrc" / "cuda" / "build.cmake"
+    options = {"SOURCE": script.parent / "library", "BINARY": tmp_path, "GENERATOR": "Ninja", "CXX": "c++"}
+    command = [cmake, *(f"-D{k}={v}" for k, v in options.items()), "-P", script]
+    done = run(*command, cwd=tmp_path, ok=ok, **variables)
+    assert line in " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.slow
 def test_broken_compiler_still_installs_and_says_so(pure: Environment) -> None:
     found = pure.probe()
     assert found["library"] is None

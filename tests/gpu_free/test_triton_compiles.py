@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from launches import Launch, compiled, recorded, resources
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from vqkernels._triton import interpreted, selftest
@@ -150,6 +151,45 @@ def test_lanes_of_the_screen_talk_after_the_last_tile_only() -> None:
         assert "shfl.sync.bfly" in ptx
         assert not [body for body in loops(ptx) if "shfl.sync.bfly" in body], launch
         assert any("wgmma" in body for body in loops(ptx)), launch
+
+
+class Operators(TorchDispatchMode):
+    """Names of torch's own operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+FEW = ["code_centre", "code_stats", "pack_codes", "pack_rows", "screen", "collect", "resolve"]
+MANY = [*FEW[:5], "merge", "collect", "decide", "scan"]
+
+
+@pytest.mark.parametrize(
+    ("n", "metric", "kernels"),
+    [(64, "l2", FEW), (64, "cosine", FEW[1:]), (1, "dot", FEW[1:]), (5000, "l2", MANY)],
+)
+def test_launches_of_a_search_are_counted(
+    n: int, metric: str, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "holds", lambda *args: True)
+    x, codes = torch.zeros(1, 1, n, 20), torch.zeros(1, 300, 20)
+    with recorded() as found, Operators() as operators:
+        nearest.run(x, codes, metric, "exact")
+    assert [launch.fn.__name__ for launch in found] == kernels
+    # Nothing of torch's own runs on the device but the sort; memory is allocated, not filled.
+    assert set(operators.names) - {"empty", "fill_"} == ({"sort"} if "merge" in kernels else set())
+
+
+def test_launches_of_the_epilogue_are_two() -> None:
+    z, codes, indices = torch.zeros(1, 1, 50, 20), torch.zeros(1, 300, 20), torch.zeros(1, 1, 50, dtype=torch.int64)
+    with recorded() as found:
+        quantize_output.run(z, codes, indices, torch.zeros(1, 1, 50), False, False)
+    assert [launch.fn.__name__ for launch in found] == ["_output", "_finish"]
 
 
 def jit_functions() -> list[Any]:

@@ -21,10 +21,16 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     tuned.clear_cache()
 
 
-def test_nothing_measured_is_shipped_yet() -> None:
-    # The day a file is added, say so in docs/gpu.md and README, and delete this test.
-    assert list(tuned.folder().glob("*.json")) == []
-    assert tuned.load("NVIDIA H200") == {}
+def test_shipped_files_are_whole_and_name_what_was_verified() -> None:
+    for path in tuned.folder().glob("*.json"):
+        device = json.loads(path.read_text())["device"]
+        assert path.stem == tuned.slug(device)
+        assert set(tuned.load(device)) <= set(tuned.HEURISTIC)
+        record = tuned.verified(device)
+        assert record is None or {"commit", "date", "torch", "triton"} <= set(record)
+        assert device in (tuned.folder().parents[1] / "docs" / "gpu.md").read_text(), "say so in docs/gpu.md"
+    assert tuned.load("no such GPU") == {}
+    assert tuned.verified("no such GPU") is None
 
 
 @pytest.mark.parametrize(

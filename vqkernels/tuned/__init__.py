@@ -1,7 +1,7 @@
 """Launch configurations: measured ones from ``<device>.json`` beside this file, else a heuristic.
 
-Called by ``ops/<op>/triton.py``; written by ``vqkernels tune``. No file is shipped yet, because nothing has been
-measured: every configuration comes from the heuristic.
+Called by ``ops/<op>/triton.py`` and ``dispatch``; written by ``vqkernels tune`` and `make gpu`. Nothing has been
+measured yet, so no file is shipped and every configuration comes from the heuristic.
 """
 
 from __future__ import annotations

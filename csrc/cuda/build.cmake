@@ -1,0 +1,41 @@
+# Builds the CUDA library if that is wanted and possible; called by CMakeLists.txt as a script.
+#
+# Environment: VQKERNELS_CUDA=0 skips it; VQKERNELS_REQUIRE_CUDA=1 makes a missing or broken nvcc an error (otherwise the
+# package goes without, and one line says so); VQKERNELS_CUDA_ARCHS overrides the list of architectures.
+function(without reason)
+  file(REMOVE_RECURSE ${BINARY}/lib)
+  if("$ENV{VQKERNELS_REQUIRE_CUDA}" STREQUAL "1")
+    message(FATAL_ERROR "VQKERNELS_REQUIRE_CUDA is set, and ${reason}")
+  endif()
+  message("vqkernels: no CUDA library: ${reason}")
+endfunction()
+
+if("$ENV{VQKERNELS_CUDA}" STREQUAL "0")
+  without("VQKERNELS_CUDA=0")
+  return()
+endif()
+if("$ENV{CUDACXX}" STREQUAL "")
+  find_program(NVCC nvcc PATHS /usr/local/cuda/bin)
+  if(NOT NVCC)
+    without("there is no nvcc (looked on the path, in /usr/local/cuda and at CUDACXX)")
+    return()
+  endif()
+  set(ENV{CUDACXX} ${NVCC})
+endif()
+set(archs "$ENV{VQKERNELS_CUDA_ARCHS}")
+if(archs STREQUAL "")
+  set(archs 80-real 90a-real 90-virtual)
+endif()
+string(REPLACE " " ";" archs "${archs}")
+execute_process(COMMAND ${CMAKE_COMMAND} -S ${SOURCE} -B ${BINARY} -G ${GENERATOR} -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM}
+                        -DCMAKE_BUILD_TYPE=${BUILD_TYPE} -DCMAKE_CXX_COMPILER=${CXX} "-DCMAKE_CUDA_ARCHITECTURES=${archs}"
+                RESULT_VARIABLE failed OUTPUT_VARIABLE said ERROR_VARIABLE said)
+if(failed)
+  message("${said}")
+  without("$ENV{CUDACXX} does not work, its output is above")
+  return()
+endif()
+execute_process(COMMAND ${CMAKE_COMMAND} --build ${BINARY} RESULT_VARIABLE failed)
+if(failed)
+  without("$ENV{CUDACXX} could not compile it, its output is above")
+endif()
