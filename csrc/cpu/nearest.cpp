@@ -260,13 +260,14 @@ int32_t search_directly(const vqk_rows *x, const vqk_codes *codebook, int32_t me
   const int64_t rows = x->size[1] * x->size[2], codes = codebook->size[1], threads = num_threads();
   // Enough work per part to be worth a thread.
   const int64_t least = 1 + (1 << 17) / (rows * codebook->size[2]), fair = (codes + threads - 1) / threads;
-  const int64_t per_part = fair > least ? fair : least, parts = (codes + per_part - 1) / per_part;
-  const int64_t bytes = (rows * codes + parts * kDirectRows) * static_cast<int64_t>(sizeof(float));
+  const int64_t per_part = round_up(fair > least ? fair : least, kCodes), pitch = round_up(codes, kCodes),
+                parts = (codes + per_part - 1) / per_part;
+  const int64_t bytes = (rows * pitch + parts * kDirectRows) * static_cast<int64_t>(sizeof(float));
   float *upper = reinterpret_cast<float *>(thread_scratch.get(bytes));
   if (upper == nullptr) return fail(VQK_NO_MEMORY, "no memory for %lld bytes of scratch", (long long)bytes);
-  float *lower = upper + rows * codes;
+  float *lower = upper + rows * pitch;
   for (int64_t h = 0; h < x->size[0]; ++h) {
-    const Direct search = {x, codebook, h, rows, metric, upper, indices + h * rows, score + h * rows};
+    const Direct search = {x, codebook, h, rows, metric, pitch, upper, indices + h * rows, score + h * rows};
     parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const int64_t stop = (p + 1) * per_part < codes ? (p + 1) * per_part : codes;

@@ -82,13 +82,14 @@ struct Block {
 };
 
 // A few float32 rows of one head against its float32 codes, read where they lie.
-constexpr int64_t kDirectRows = 4;
+constexpr int64_t kDirectRows = 8;
 struct Direct {
   const vqk_rows *x;
   const vqk_codes *codebook;
   int64_t head_index, rows;
   int32_t metric;
-  float *upper;  // [rows][codes]: nothing better than this is possible
+  int64_t pitch;  // codes, padded to a multiple of kCodes
+  float *upper;   // [rows][pitch]: nothing better than this is possible
   int64_t *indices;
   float *score;
 };
@@ -105,6 +106,7 @@ struct Kernels {
   void (*screen)(Block *block, int64_t begin, int64_t end);  // blocks of 16 codes, whole groups
   void (*finish)(Block *block);
   // nullptr: the instruction set leaves few rows to AVX-512.
+  // Codes [begin, end), begin a multiple of kCodes.
   void (*direct_screen)(const Direct *search, int64_t begin, int64_t end, float *lower /* [rows] */);
   void (*direct_finish)(const Direct *search, int64_t row, float lower);
 };

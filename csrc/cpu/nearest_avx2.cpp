@@ -11,7 +11,7 @@ namespace {
 struct Avx2Base {
   static constexpr bool splits = false;
   typedef __m256 V;
-  static constexpr int lanes = 8;
+  static constexpr int lanes = 8, registers = 16;
 
   VQK_INLINE V set(float value) { return _mm256_set1_ps(value); }
   VQK_INLINE V zero() { return _mm256_setzero_ps(); }
@@ -22,6 +22,19 @@ struct Avx2Base {
   VQK_INLINE V multiply(V a, V b) { return _mm256_mul_ps(a, b); }
   VQK_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
   VQK_INLINE V subtract(V a, V b) { return _mm256_sub_ps(a, b); }
+  VQK_INLINE V divide(V a, V b) { return _mm256_div_ps(a, b); }
+  VQK_INLINE V sqrt(V v) { return _mm256_sqrt_ps(v); }
+  VQK_INLINE V load_part(const float *p, int count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+  }
+  // The sum of each of 8 vectors, in a lane of its own.
+  VQK_INLINE V totals(const float *vectors) {
+    V pairs[4];
+    for (int i = 0; i < 4; ++i) pairs[i] = _mm256_hadd_ps(load(vectors + 16 * i), load(vectors + 16 * i + 8));
+    const V low = _mm256_hadd_ps(pairs[0], pairs[1]), high = _mm256_hadd_ps(pairs[2], pairs[3]);
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  }
   VQK_INLINE float sum(V v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

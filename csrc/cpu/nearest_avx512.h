@@ -11,7 +11,7 @@ namespace {
 
 struct Avx512Base {
   typedef __m512 V;
-  static constexpr int lanes = 16;
+  static constexpr int lanes = 16, registers = 32;
   VQK_SIMD_FLOAT_SUMS(V)
 
   VQK_INLINE V set(float value) { return _mm512_set1_ps(value); }
@@ -23,7 +23,27 @@ struct Avx512Base {
   VQK_INLINE V multiply(V a, V b) { return _mm512_mul_ps(a, b); }
   VQK_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
   VQK_INLINE V subtract(V a, V b) { return _mm512_sub_ps(a, b); }
-  VQK_INLINE float sum(V v) { return _mm512_reduce_add_ps(v); }
+  VQK_INLINE V divide(V a, V b) { return _mm512_div_ps(a, b); }
+  VQK_INLINE V sqrt(V v) { return _mm512_sqrt_ps(v); }
+  VQK_INLINE V load_part(const float *p, int count) { return _mm512_maskz_loadu_ps(tail_mask(count), p); }
+  // The sum of each of 16 vectors, in a lane of its own.
+  VQK_INLINE V totals(const float *vectors) {
+    V t[8], u[4], w[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const V a = load(vectors + 32 * i), b = load(vectors + 32 * i + 16);
+      t[i] = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+      u[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      w[i] = add(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x44), _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xee));
+    return add(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
+  }
   VQK_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
   VQK_INLINE uint32_t at_least(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 

@@ -11,7 +11,7 @@ struct Portable {
   typedef float Unaligned __attribute__((vector_size(16), aligned(4)));
   typedef int32_t Mask __attribute__((vector_size(16)));
   typedef V O;
-  static constexpr int lanes = 4, row_vectors = 2, code_tile = 4, dims_per_step = 1;
+  static constexpr int lanes = 4, registers = 16, row_vectors = 2, code_tile = 4, dims_per_step = 1;
 
   VQK_SIMD_FLOAT_SUMS(V)
   VQK_INLINE V set(float value) { return V{value, value, value, value}; }
@@ -27,7 +27,14 @@ struct Portable {
   VQK_INLINE V multiply(V a, V b) { return a * b; }
   VQK_INLINE V add(V a, V b) { return a + b; }
   VQK_INLINE V subtract(V a, V b) { return a - b; }
+  VQK_INLINE V divide(V a, V b) { return a / b; }
+  VQK_INLINE V sqrt(V v) { return V{std::sqrt(v[0]), std::sqrt(v[1]), std::sqrt(v[2]), std::sqrt(v[3])}; }
+  VQK_INLINE V load_part(const float *p, int count) {
+    return V{p[0], count > 1 ? p[1] : 0.0f, count > 2 ? p[2] : 0.0f, 0.0f};  // count is 1 to 3
+  }
   VQK_INLINE float sum(V v) { return v[0] + v[1] + v[2] + v[3]; }
+  // The sum of each of 4 vectors, in a lane of its own.
+  VQK_INLINE V totals(const float *v) { return V{sum(load(v)), sum(load(v + 4)), sum(load(v + 8)), sum(load(v + 12))}; }
   VQK_INLINE V max(V a, V b) { return a > b ? a : b; }
   VQK_INLINE uint32_t at_least(V a, V b) {
     const Mask m = a >= b;

@@ -171,7 +171,7 @@ def test_a_freed_codebook_does_not_answer_for_the_next_one_at_its_address() -> N
 def test_an_unchanged_codebook_is_served_again(isa: str, served: list[Tensor]) -> None:
     codes = torch.randn(K, D)
     first = search(X, codes)
-    search(X[:5], codes)
+    search(X[:9], codes)
     search(X.double(), codes.requires_grad_())
     assert served[1] is served[0]
     assert served[2] is served[0]
@@ -255,7 +255,7 @@ def test_no_budget_means_no_cache(monkeypatch: pytest.MonkeyPatch, served: list[
 def test_the_budget_is_kept_and_the_oldest_leaves(monkeypatch: pytest.MonkeyPatch, served: list[Tensor]) -> None:
     monkeypatch.setenv("VQKERNELS_CACHE_MB", "1")
     codes = [torch.randn(2048, 32) for _ in range(10)]  # some 0.15 to 0.3 MB each when packed
-    x = torch.randn(5, 32)
+    x = torch.randn(9, 32)
     for one in codes:
         search(x, one)
         assert sum(packed.untyped_storage().nbytes() for _, packed in nearest_native._cache.values()) <= 2**20
@@ -314,7 +314,7 @@ PIECE = 2**16 // 4
 def test_one_changed_bit_anywhere_is_seen(start: str, word: int, served: list[Tensor]) -> None:
     codes = torch.randn(3001, 17) if start == "normal" else torch.zeros(3001, 17)
     bits = codes.view(-1).view(torch.int32)
-    x = torch.randn(5, 17)  # too many rows for the search that packs nothing
+    x = torch.randn(9, 17)  # too many rows for the search that packs nothing
     search(x, codes)
     seen = {fingerprint(codes)}
     for bit in range(32):
