@@ -1,5 +1,5 @@
 // A 128-bit fingerprint of a codebook's content: it says whether a packed codebook is still the right one.
-// Not cryptographic; 8 lanes of multiply-and-add per 64 bytes in the manner of XXH3, with keys that depend on the position.
+// Not cryptographic; 16 lanes of multiply-and-add per 128 bytes in the manner of XXH3, with keys that depend on the position.
 #include <new>
 
 #include "cpu/elements.h"
@@ -8,6 +8,7 @@ namespace vqk {
 namespace {
 
 constexpr int64_t kPiece = 1 << 16;  // bytes hashed on their own, so that threads don't change the result
+constexpr int kLanes = 16;           // independent sums of 64-bit words: enough to hide their latency
 constexpr uint64_t kPrime = 0x9e3779b97f4a7c15ull;
 
 VQK_INLINE uint64_t mix(uint64_t v) {
@@ -20,29 +21,32 @@ VQK_INLINE uint64_t mix(uint64_t v) {
 
 // Two sums per lane: products of the halves of the keyed word (they depend on the position) and the words themselves.
 VQK_CLONES void hash_piece(const unsigned char *data, int64_t bytes, uint64_t piece, uint64_t *out) {
-  uint64_t product[8], plain[8], key[8], word[8];
-  for (int i = 0; i < 8; ++i) {
-    product[i] = mix(piece * 8 + static_cast<uint64_t>(i) + 1);
+  uint64_t product[kLanes], plain[kLanes], key[kLanes], word[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    product[i] = mix(piece * kLanes + static_cast<uint64_t>(i) + 1);
     plain[i] = mix(product[i] ^ kPrime);
     key[i] = mix(product[i] + kPrime);
   }
-  for (int64_t at = 0; at < bytes; at += 64) {
-    if (bytes - at >= 64) {
-      std::memcpy(word, data + at, 64);
-    } else {
-      std::memset(word, 0, 64);
-      std::memcpy(word, data + at, static_cast<size_t>(bytes - at));
-    }
+  const auto absorb = [&](const unsigned char *from) {
 #pragma omp simd
-    for (int i = 0; i < 8; ++i) {
-      const uint64_t keyed = word[i] ^ key[i];
+    for (int i = 0; i < kLanes; ++i) {
+      uint64_t loaded;
+      std::memcpy(&loaded, from + 8 * i, 8);
+      const uint64_t keyed = loaded ^ key[i];
       product[i] += (keyed & 0xffffffffu) * (keyed >> 32);
-      plain[i] = ((plain[i] << 7) | (plain[i] >> 57)) + word[i];
+      plain[i] = ((plain[i] << 7) | (plain[i] >> 57)) + loaded;
       key[i] += kPrime;
     }
+  };
+  int64_t at = 0;
+  for (; at + kLanes * 8 <= bytes; at += kLanes * 8) absorb(data + at);
+  if (at < bytes) {  // zeros stand for what is missing; the number of bytes is hashed below
+    std::memset(word, 0, sizeof word);
+    std::memcpy(word, data + at, static_cast<size_t>(bytes - at));
+    absorb(reinterpret_cast<const unsigned char *>(word));
   }
   uint64_t low = static_cast<uint64_t>(bytes) * kPrime, high = ~low;
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kLanes; ++i) {
     low = mix(low ^ product[i]) + plain[i];
     high = mix(high + plain[i]) ^ product[i];
   }
