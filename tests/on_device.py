@@ -43,7 +43,7 @@ def call(original: Any, op: str, backend: str, args: tuple[Any, ...], device: st
     there = tuple(place(a, device) for a in args)
     name = dispatch.requested(backend)
     chosen = next((b for b in dispatch.BACKENDS if b.name == name), None)
-    if chosen is not None and (reason := dispatch._reason(op, chosen, there)) is not None:
+    if chosen is not None and (reason := dispatch._reason(op, chosen, dispatch._place(there), there)) is not None:
         pytest.skip(f"{op}, {name} on {device}: {reason}")
     result = original(op, backend, there)
     schema = getattr(torch.ops.vqkernels, op).default._schema.arguments

@@ -139,7 +139,7 @@ def to_rows(x: Tensor, heads: bool) -> Tensor:
         x = x.unsqueeze(0)
     while x.dim() < 4:
         x = x.unsqueeze(1)
-    return x.flatten(2, -2)
+    return x if x.dim() == 4 else x.flatten(2, -2)
 
 
 def to_positions(x: Tensor, heads: bool) -> Tensor:

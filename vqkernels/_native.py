@@ -51,7 +51,9 @@ class Codes(Structure):
     ]
 
 
+_three, _four = c_int64 * 3, c_int64 * 4
 _rows, _codes = POINTER(Rows), POINTER(Codes)
+_int64, _float = POINTER(c_int64), POINTER(c_float)
 # tests/test_native.py compares this table with csrc/capi.h and with the exported symbols.
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "vqk_abi_version": (c_int32, []),
@@ -185,15 +187,15 @@ def check(status: int) -> None:
 
 def rows(x: Tensor) -> Rows:
     """Describe ``x`` (H, B, S, D) to the library. The caller keeps ``x`` alive."""
-    return Rows(x.data_ptr(), (c_int64 * 4)(*x.shape), (c_int64 * 4)(*x.stride()), DTYPES[x.dtype], 0)
+    return Rows(x.data_ptr(), _four(*x.shape), _four(*x.stride()), DTYPES[x.dtype], 0)
 
 
 def codes(codebook: Tensor) -> Codes:
     """Describe ``codebook`` (H, K, D) to the library. The caller keeps it alive."""
     return Codes(
         codebook.data_ptr(),
-        (c_int64 * 3)(*codebook.shape),
-        (c_int64 * 3)(*codebook.stride()),
+        _three(*codebook.shape),
+        _three(*codebook.stride()),
         DTYPES[codebook.dtype],
         0,
     )
@@ -201,9 +203,9 @@ def codes(codebook: Tensor) -> Codes:
 
 def int64_pointer(x: Tensor) -> Any:
     """``x`` (contiguous int64) as a C pointer."""
-    return ctypes.cast(x.data_ptr(), POINTER(c_int64))
+    return ctypes.cast(x.data_ptr(), _int64)
 
 
 def float_pointer(x: Tensor) -> Any:
     """``x`` (contiguous float32) as a C pointer."""
-    return ctypes.cast(x.data_ptr(), POINTER(c_float))
+    return ctypes.cast(x.data_ptr(), _float)

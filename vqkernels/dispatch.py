@@ -145,9 +145,9 @@ def missing(op: str, backend: Backend, device: str) -> str | None:
     return None if _module(op, backend.name) is not None else f"no {backend.name} implementation of {op}"
 
 
-def _reason(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
-    """Why ``backend`` cannot run ``op`` on these arguments, or ``None``."""
-    if (reason := missing(op, backend, _device(args))) is not None:
+def _reason(op: str, backend: Backend, device: torch.device, args: tuple[Any, ...]) -> str | None:
+    """Why ``backend`` cannot run ``op`` on these arguments, which are on ``device``, or ``None``."""
+    if (reason := missing(op, backend, device.type)) is not None:
         return reason
     module = _module(op, backend.name)
     assert module is not None
@@ -155,12 +155,11 @@ def _reason(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
     return reason if reason is None else str(reason)
 
 
-def _device(args: tuple[Any, ...]) -> str:
-    return str(_place(args).type)
-
-
 def _place(args: tuple[Any, ...]) -> torch.device:
-    return next(a.device for a in args if isinstance(a, torch.Tensor))
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            return a.device
+    raise TypeError("an op has at least one tensor among its arguments")
 
 
 # Per op: the arguments that say how many rows, codes and dims a call has.
@@ -173,9 +172,9 @@ _SIZES: dict[str, Callable[..., tuple[int, int, int]]] = {
 }
 
 
-def _measured(op: str, name: str, args: tuple[Any, ...]) -> tuned.Choice | None:
+def _measured(op: str, name: str, device: torch.device, args: tuple[Any, ...]) -> tuned.Choice | None:
     """What the measured table of this GPU says about a call of this size; only where the choice is free."""
-    if name != "auto" or op not in _SIZES or (device := _place(args)).type != "cuda":
+    if name != "auto" or op not in _SIZES or device.type != "cuda":
         return None
     return tuned.choice(torch.cuda.get_device_name(device), op, *_SIZES[op](*args))
 
@@ -185,10 +184,10 @@ def _candidates(choice: tuned.Choice | None) -> tuple[Backend, ...]:
     return BACKENDS if choice is None else tuple(sorted(BACKENDS, key=lambda b: b.name != choice.backend))
 
 
-def _held_back(candidate: Backend, choice: tuned.Choice | None, args: tuple[Any, ...]) -> str | None:
+def _held_back(candidate: Backend, choice: tuned.Choice | None, device: torch.device) -> str | None:
     if choice is not None and candidate.name == choice.backend:
         return None
-    return candidate.held_back(_place(args))
+    return candidate.held_back(device)
 
 
 @functools.cache
@@ -203,18 +202,18 @@ def call(op: str, backend: str, args: tuple[Any, ...]) -> Any:
     Raises:
         Unsupported: a backend was named (argument, context or environment) and cannot run this call.
     """
-    name = requested(backend)
+    name, device = requested(backend), _place(args)
     skipped: list[str] = []
-    choice = _measured(op, name, args)
+    choice = _measured(op, name, device, args)
     for candidate in _candidates(choice):
         if name not in ("auto", candidate.name):
             continue
-        reason = _reason(op, candidate, args)
+        reason = _reason(op, candidate, device, args)
         if reason is None and name == "auto":
-            reason = _held_back(candidate, choice, args)
+            reason = _held_back(candidate, choice, device)
         if reason is None:
             if skipped:
-                _log_fallback(op, _device(args), "; ".join(skipped), candidate.name)
+                _log_fallback(op, device.type, "; ".join(skipped), candidate.name)
             module = _module(op, candidate.name)
             assert module is not None
             return module.run(*args)
@@ -226,14 +225,14 @@ def call(op: str, backend: str, args: tuple[Any, ...]) -> Any:
 
 def explain(op: str, args: tuple[Any, ...], backend: str = "auto") -> str:
     """One line per backend: whether it can run this call, and which one would."""
-    name = requested(backend)
+    name, device = requested(backend), _place(args)
     lines, chosen = [], None
-    choice = _measured(op, name, args)
+    choice = _measured(op, name, device, args)
     for candidate in _candidates(choice):
-        reason = _reason(op, candidate, args)
+        reason = _reason(op, candidate, device, args)
         if name not in ("auto", candidate.name):
             note = f"not asked for (backend={name!r})" if reason is None else reason
-        elif reason is None and name == "auto" and (held_back := _held_back(candidate, choice, args)) is not None:
+        elif reason is None and name == "auto" and (held_back := _held_back(candidate, choice, device)) is not None:
             note = f"available on request (backend={candidate.name!r}): {held_back}"
         elif reason is None and chosen is None:
             chosen = candidate.name
@@ -244,5 +243,5 @@ def explain(op: str, args: tuple[Any, ...], backend: str = "auto") -> str:
         else:
             note = "available" if reason is None else reason
         lines.append(f"  {candidate.name:<10} {note}")
-    head = f"{op} on {_device(args)}: {chosen or 'nothing can run this call'}"
+    head = f"{op} on {device.type}: {chosen or 'nothing can run this call'}"
     return "\n".join([head, *lines])

@@ -77,7 +77,7 @@ def nearest(
     """
     arguments.check_choice("metric", metric)
     arguments.check_choice("precision", precision)
-    if not torch.compiler.is_compiling():  # Dynamo cannot read the context; the op asks again when it runs
+    if backend != "auto" and not torch.compiler.is_compiling():  # what context and environment ask for, the op reads
         dispatch.requested(backend)
     arguments.check_codebook(codebook)
     arguments.check_rows("x", x, codebook)

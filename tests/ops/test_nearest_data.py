@@ -237,10 +237,10 @@ def test_every_isa_is_exact(isa: str, metric: str, name: str) -> None:
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_few_rows_are_exact(isa: str, metric: str, name: str) -> None:
-    """Searches of one to four rows may take a path of their own."""
+    """Searches of one to eight rows may take a path of their own."""
     x, codes = prepared(name)
     index, score = answer(name, metric)
-    for begin, end in ((0, 1), (1, 3), (3, 6), (6, 10), (-4, None), (-1, None)):
+    for begin, end in ((0, 1), (1, 3), (3, 6), (6, 10), (10, 18), (-7, None), (-1, None)):
         part = slice(begin, end)
         check(x[part], codes, metric, "native", (index[part], score[part]))
 

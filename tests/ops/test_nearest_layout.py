@@ -243,3 +243,21 @@ def test_random_shapes_strides_and_dtypes(
     monkeypatch.setenv("VQKERNELS_ISA", isa)
     for backend in BACKENDS:
         check(x, codes, metric, backend)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_to_nine_rows_equal_the_oracle_at_the_edges_of_vectors(isa: str, metric: str) -> None:
+    """Up to eight rows are searched without packing: the last codes and dims need not fill a vector, sums may overflow."""
+    for k, d in ((1, 1), (3, 2), (15, 3), (16, 4), (17, 8), (31, 15), (33, 17), (257, 33), (1100, 31)):
+        codes, rows = torch.randn(k, d), torch.randn(9, d)
+        codes[k // 2] = codes[-1]  # a tie
+        rows[4] = codes[-1]
+        rows[5:7] *= torch.tensor([[1e19], [1e-25]])
+        if k > 3:
+            codes[0] *= 2e19
+            codes[1] *= 1e-30
+            codes[2] = 0
+        for n in range(1, 10):
+            part = rows[9 - n :]
+            index, score = search(part, codes, metric)
+            assert_nearest(index, part, codes, metric, score)

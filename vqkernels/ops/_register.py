@@ -50,7 +50,10 @@ def _fill_defaults(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
             full[names.index(key)] = value
         # (1, H, B, S, D) is (H, B, S, D): what autograd saves for a compiled backward pass must not be a 4-d view, or
         # Inductor for CPU (torch 2.13) asks for channels-last strides and cannot order them when they are symbolic.
-        return run(*(a.squeeze(0) if isinstance(a, torch.Tensor) and a.dim() == 5 else a for a in full))
+        for i, value in enumerate(full):
+            if isinstance(value, torch.Tensor) and value.dim() == 5:
+                full[i] = value.squeeze(0)
+        return run(*full)
 
     names: list[str] = []
     return wrapper

@@ -27,14 +27,14 @@ def describe(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
     if _cuda.serves(x):
         return _cuda_nearest.describe(x, codebook)
-    return f"{_native.ISAS[_isa(codebook)]} kernels, {torch.get_num_threads()} threads"
+    return f"{_native.ISAS[_isa(_native.lib(), codebook)]} kernels, {torch.get_num_threads()} threads"
 
 
-def _isa(codebook: Tensor) -> int:
+def _isa(lib: ctypes.CDLL, codebook: Tensor) -> int:
     """The instruction set that was asked for, else the fastest for these sizes."""
     if os.environ.get("VQKERNELS_ISA", "auto") not in ("", "auto"):
         return _native.isa()
-    return int(_native.lib().vqk_cpu_nearest_isa(codebook.shape[1], codebook.shape[2]))
+    return int(lib.vqk_cpu_nearest_isa(codebook.shape[1], codebook.shape[2]))
 
 
 _lock = threading.Lock()
@@ -80,18 +80,19 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     score = torch.empty(x.shape[:-1], dtype=torch.float32)
     if indices.numel() == 0:
         return indices, score
-    isa = _isa(codebook)
-    key = (codebook.data_ptr(), codebook.dtype, codebook.shape, codebook.stride(), metric, isa)
+    isa, given = _isa(lib, codebook), codebook
     codebook = codebook.contiguous()
     rows, codes = _native.rows(x), _native.codes(codebook)
+    rows_at, codes_at = ctypes.byref(rows), ctypes.byref(codes)
     # A few rows are searched in the codebook itself: packing it, or checking that it is unchanged, would cost more.
     packed = None
-    if precision == "fast" or lib.vqk_cpu_nearest_needs_packing(ctypes.byref(rows), ctypes.byref(codes)):
+    if precision == "fast" or lib.vqk_cpu_nearest_needs_packing(rows_at, codes_at):
+        key = (given.data_ptr(), given.dtype, given.shape, given.stride(), metric, isa)
         packed = _packed(lib, key, codes, _native.METRICS[metric], isa)
     _native.check(
         lib.vqk_cpu_nearest(
-            ctypes.byref(rows),
-            ctypes.byref(codes),
+            rows_at,
+            codes_at,
             _native.METRICS[metric],
             _native.PRECISIONS[precision],
             isa,
