@@ -247,7 +247,7 @@ def test_random_shapes_strides_and_dtypes(
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_one_to_nine_rows_equal_the_oracle_at_the_edges_of_vectors(isa: str, metric: str) -> None:
-    """Up to eight rows are searched without packing: the last codes and dims need not fill a vector, sums may overflow."""
+    """Up to eight rows are searched without packing: codes and dims need not fill a vector, sums may overflow."""
     for k, d in ((1, 1), (3, 2), (15, 3), (16, 4), (17, 8), (31, 15), (33, 17), (257, 33), (1100, 31)):
         codes, rows = torch.randn(k, d), torch.randn(9, d)
         codes[k // 2] = codes[-1]  # a tie
