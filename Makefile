@@ -51,6 +51,9 @@ gpu:  ## on a CUDA machine, without network: build, prove, tune and measure in u
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --target build/gpu .
 	$(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
+sanitizer:  ## on a CUDA machine: the CUDA kernels under compute-sanitizer, memcheck and racecheck on small cases
+	$(MAKE) gpu ARGS="--steps memcheck racecheck $(ARGS)"
+
 # libasan must come first in the process; libstdc++ with it, or its __cxa_throw interceptor finds nothing to call.
 # The reference backend has no C++ to check. Leaks are Python's own business (interned objects, torch's registries), so only accesses are checked.
 ASAN_ENV = LD_PRELOAD="$$($(ASAN_CXX) -print-file-name=libasan.so) $$($(ASAN_CXX) -print-file-name=libstdc++.so)" \

@@ -86,6 +86,15 @@ def test_missing_library_and_wrong_settings_are_shown_not_raised(monkeypatch: py
     assert "none: it was never built" in str(info())
 
 
+def test_cuda_library_is_named_without_being_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libvqk_cuda99.so").write_bytes(b"no library")
+    monkeypatch.setattr(vqkernels, "__path__", [str(tmp_path)])
+    assert vqkernels.info().cuda["library"] == "libvqk_cuda99.so"
+    monkeypatch.setattr(vqkernels, "__path__", [])
+    assert vqkernels.info().cuda["library"].startswith("none: libvqk_cuda was not built")
+
+
 def test_command_line_needs_no_extras(tmp_path: Path) -> None:
     run = without_extras("info", cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -1,8 +1,8 @@
 """Published checkpoints: outputs of a random diffusers VQModel, and the key and shape lists of taming and LlamaGen.
 
-taming-transformers and LlamaGen are no packages; their lists are restated here from reading the repositories
-(CompVis/taming-transformers taming/modules/diffusionmodules/model.py, FoundationVision/LlamaGen
-tokenizer/tokenizer_image/vq_model.py), independently of the translation's patterns.
+taming-transformers and LlamaGen are no packages; their lists are restated here from reading the sources (a fork of
+taming's taming/modules/diffusionmodules/model.py, FoundationVision/LlamaGen tokenizer/tokenizer_image/vq_model.py),
+independently of the translation's patterns.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import torch
 
-from vqkernels import _native, _triton, dispatch, ops, tuned
+from vqkernels import _cuda, _native, _triton, dispatch, ops, tuned
 from vqkernels._triton import selftest
 
 __all__ = ["Info", "info", "self_test", "version"]
@@ -32,7 +32,8 @@ class Info:
         native: ``path``, ``abi``, ``compiler`` of the loaded library, or ``reason`` why there is none.
         isa: ``used`` and ``available`` instruction sets, how the ``choice`` is made, or ``reason`` why there is none.
         threads: of torch's pool, which the native library borrows.
-        cuda: name of the current device, or why there is none.
+        cuda: name of the current ``device``, or the ``reason`` why there is none; file name of the CUDA ``library`` (which
+            is only loaded by a call on a CUDA tensor), or why there is none.
         triton: version and ``reason`` why there is none; the record that lets "auto" choose it on this device
             (``verified``), and what the self-test of the tensor cores found in this process (``self_test``).
         environment: the ``VQKERNELS_*`` variables that are set.
@@ -65,6 +66,7 @@ class Info:
             ("instruction set", instructions),
             ("threads", str(self.threads)),
             ("cuda", cuda["reason"] or cuda["device"]),
+            ("cuda library", cuda["library"]),
             ("triton", _triton_line(self.triton)),
             *self.environment.items(),
         ]
@@ -134,11 +136,18 @@ def _isa_info() -> dict[str, Any]:
 
 
 def _cuda_info() -> dict[str, Any]:
+    try:
+        library = _cuda.path().name
+    except OSError as e:
+        library = f"none: {e}"
+    device = reason = None
     if torch.version.cuda is None and torch.version.hip is None:
-        return {"device": None, "reason": "this torch is built without CUDA"}
-    if not torch.cuda.is_available():
-        return {"device": None, "reason": "torch sees no CUDA device"}
-    return {"device": f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})", "reason": None}
+        reason = "this torch is built without CUDA"
+    elif not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+    else:
+        device = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+    return {"device": device, "reason": reason, "library": library}
 
 
 def _triton_info() -> dict[str, Any]:
