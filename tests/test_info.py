@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vqkernels
 from vqkernels import _native, dispatch
 from vqkernels.cli import bench, main
 from vqkernels.info import info, version
