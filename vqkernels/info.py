@@ -32,8 +32,8 @@ class Info:
         native: ``path``, ``abi``, ``compiler`` of the loaded library, or ``reason`` why there is none.
         isa: ``used`` and ``available`` instruction sets, how the ``choice`` is made, or ``reason`` why there is none.
         threads: of torch's pool, which the native library borrows.
-        cuda: name of the current ``device``, or the ``reason`` why there is none; file name of the CUDA ``library`` (which
-            is only loaded by a call on a CUDA tensor), or why there is none.
+        cuda: name of the current ``device``, or the ``reason`` why there is none; file name of the CUDA ``library``
+            (which is only loaded by a call on a CUDA tensor), or why there is none.
         triton: version and ``reason`` why there is none; the record that lets "auto" choose it on this device
             (``verified``), and what the self-test of the tensor cores found in this process (``self_test``).
         environment: the ``VQKERNELS_*`` variables that are set.
