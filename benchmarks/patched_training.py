@@ -1,7 +1,7 @@
 """A residual quantizer of vector-quantize-pytorch trained on photographs, as it is and patched: loss and time.
 
-Run ``python -m benchmarks.patched_training``; writes ``benchmarks/results/<device>/patched.json``. Steps of the two
-models alternate, so that both meet the same machine.
+Run ``python -m benchmarks.patched_training``; writes ``benchmarks/results/<device>/patched-training.json``.
+Steps of the two models alternate, so that both meet the same machine.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def main() -> None:
             f"processor time {a['total_cpu_s']:.1f} -> {b['total_cpu_s']:.1f} s"
         )
     settings = vars(arguments) | {"images": IMAGES, "side": SIDE, "dim": 32, "codes": 256, "levels": 4}
-    path = env.results_folder() / "patched.json"
+    path = env.results_folder() / "patched-training.json"
     about = {**env.describe(arguments.threads), "commit": env.commit(), "date": env.now()}
     env.write_json(path, {**about, "settings": settings, "seeds": runs})
 
