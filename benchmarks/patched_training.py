@@ -1,7 +1,7 @@
 """A residual quantizer of vector-quantize-pytorch trained on photographs, as it is and patched: loss and time.
 
-Run ``python -m benchmarks.patched_training``; writes ``benchmarks/results/<device>/patched-training.json``. The steps
-of the two models alternate, so that both meet the same machine.
+Run ``python -m benchmarks.patched_training``; writes ``benchmarks/results/<device>/patched-training.json``.
+Steps of the two models alternate, so that both meet the same machine.
 """
 
 from __future__ import annotations
