@@ -107,7 +107,8 @@ def load(folder: Path) -> Results:
     found: Results = {}
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
-        found[data["kind"]] = data["cases"]
+        if "cases" in data:  # other commands keep results of their own kind here
+            found[data["kind"]] = data["cases"]
     return found
 
 
