@@ -5,6 +5,8 @@ Called by :class:`vqkernels.nn.FSQ` and :class:`vqkernels.nn.LFQ`. No search: th
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -42,9 +44,9 @@ class ElementwiseQuantizer(nn.Module):
 
     _anchor: Tensor
 
+    @abstractmethod
     def _codes_of(self, indices: Tensor) -> Tensor:
         """Codes (H, B, S, D) float32 of non-negative indices (H, B, S)."""
-        raise NotImplementedError
 
     def _open(self, z: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The projected input, its rows (H, B, S, D) in at least float32, and the mask."""
