@@ -175,7 +175,9 @@ def _decide(
             chosen.append((path, module, adapter))
             parts.update(map(id, _parts(module, adapter)))
         elif matches:
-            skipped.append(Skipped(path, class_path(cls), str(refusals[0])))
+            # Classes of one name in two repositories: of the wrong one it is only "another version".
+            reasons = sorted(map(str, refusals), key=lambda reason: reason.endswith("another version?"))
+            skipped.append(Skipped(path, class_path(cls), reasons[0]))
             kept.update(id(part) for adapter in matches for part in _parts(module, adapter))
         elif reason := next((ignored[p] for base in cls.__mro__ if (p := class_path(base)) in ignored), None):
             skipped.append(Skipped(path, class_path(cls), reason, True))

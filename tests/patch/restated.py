@@ -274,6 +274,7 @@ class EncodecCodebook(nn.Module):
     def init_embed_(self, data: Tensor) -> None:
         if self.inited:
             return
+        data = data.detach()
         means = sample_rows(data, self.codebook_size)
         for _ in range(self.kmeans_iters):
             nearest = (data[:, None] - means).square().sum(-1).argmin(1)
@@ -287,7 +288,9 @@ class EncodecCodebook(nn.Module):
     def expire_codes_(self, batch_samples: Tensor) -> None:
         expired = self.cluster_size < self.threshold_ema_dead_code
         if self.threshold_ema_dead_code and expired.any():
-            self.embed.copy_(torch.where(expired[:, None], sample_rows(batch_samples, self.codebook_size), self.embed))
+            self.embed.copy_(
+                torch.where(expired[:, None], sample_rows(batch_samples.detach(), self.codebook_size), self.embed)
+            )
 
     def preprocess(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vqkernels import _arguments as arguments
 
-__all__ = ["assignment_entropies", "soft_usage"]
+__all__ = ["assignment_entropies", "blocks", "mean_assignment", "soft_usage", "softmax_of_scores"]
 
 # Elements of the block of scores that is alive at a time (a handful of such arrays at once).
 BLOCK_ELEMENTS = 2**20
@@ -65,6 +65,16 @@ def soft_usage(
     rows: Tensor, codes: Tensor, metric: str, temperature: float, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`assignment_entropies` on (H, B, S, D), (H, K, D) and (H, B, S), unchecked."""
+    entropy, usage = mean_assignment(rows, codes, metric, temperature, valid)
+    # Not torch.special.entr: its gradient at a probability that underflowed to 0 is infinite.
+    batch = -(usage * usage.clamp(min=1e-30).log()).sum(-1).mean()
+    return entropy.mean(), batch
+
+
+def mean_assignment(
+    rows: Tensor, codes: Tensor, metric: str, temperature: float, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Per head, the mean over rows of the entropy of p(code | row) (H,), and the mean of p(code | row) (H, K)."""
     if torch.compiler.is_compiling():
         raise RuntimeError("entropies of the soft assignment do not run under torch.compile; compile the model around")
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
@@ -75,10 +85,9 @@ def soft_usage(
     weight = usable.to(wide)
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=1.0)
     flat = torch.where(usable.unsqueeze(-1), flat, 0.0)
-    entropy, usage = _SoftUsage.apply(flat, codes, weight, metric == "l2", temperature)  # type: ignore[no-untyped-call]
-    # Not torch.special.entr: its gradient at a probability that underflowed to 0 is infinite.
-    batch = -(usage * usage.clamp(min=1e-30).log()).sum(-1).mean()
-    return entropy.mean(), batch
+    found: tuple[Tensor, Tensor]
+    found = _SoftUsage.apply(flat, codes, weight, metric == "l2", temperature)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _SoftUsage(torch.autograd.Function):
@@ -91,8 +100,8 @@ class _SoftUsage(torch.autograd.Function):
         ctx.save_for_backward(x, codes, weight)
         ctx.squared, ctx.temperature = squared, temperature
         entropy, usage = x.new_zeros(codes.shape[0]), x.new_zeros(codes.shape[:2])
-        for head, block in _blocks(x, codes):
-            _, p, each = _softmax(x[head, block], codes[head], squared, temperature)
+        for head, block in blocks(x, codes):
+            _, p, each = softmax_of_scores(x[head, block], codes[head], squared, temperature)
             w = weight[head, block]
             entropy[head] += w @ each
             usage[head] += w @ p
@@ -104,8 +113,8 @@ class _SoftUsage(torch.autograd.Function):
         dx, de = torch.zeros_like(x), torch.zeros_like(codes)
         factor = (2.0 if ctx.squared else 1.0) / ctx.temperature
         with torch.no_grad():
-            for head, block in _blocks(x, codes):
-                log_p, p, each = _softmax(x[head, block], codes[head], ctx.squared, ctx.temperature)
+            for head, block in blocks(x, codes):
+                log_p, p, each = softmax_of_scores(x[head, block], codes[head], ctx.squared, ctx.temperature)
                 v = grad_usage[head]
                 # Gradient of a block's logits: p (v - p.v) for the usage and -p (log p + H) for the entropy.
                 inner = v - (p @ v).unsqueeze(1) - grad_entropy[head] * (log_p + each.unsqueeze(1))
@@ -117,13 +126,14 @@ class _SoftUsage(torch.autograd.Function):
         return dx, de, None, None, None
 
 
-def _blocks(x: Tensor, codes: Tensor) -> list[tuple[int, slice]]:
+def blocks(x: Tensor, codes: Tensor) -> list[tuple[int, slice]]:
+    """(head, rows) pairs: so many rows (H, N, D) at a time that their scores for all codes are small."""
     step = max(1, BLOCK_ELEMENTS // codes.shape[1])
     return [(h, slice(i, i + step)) for h in range(x.shape[0]) for i in range(0, x.shape[1], step)]
 
 
-def _softmax(x: Tensor, codes: Tensor, squared: bool, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """log p (n, K), p, and the entropy (n,) of each row. |x|^2 is the same for all codes and left out."""
+def softmax_of_scores(x: Tensor, codes: Tensor, squared: bool, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log p (n, K), p, and the entropy (n,) of each row (n, D). |x|^2 is the same for all codes and left out."""
     with torch.autocast(x.device.type, enabled=False):
         score = torch.addmm(-codes.square().sum(1), x, codes.T, alpha=2.0) if squared else x @ codes.T
         log_p = score.div_(temperature).log_softmax(1)

@@ -17,12 +17,15 @@ from vqkernels.nn.assignment import soft_usage
 from vqkernels.nn.codebook_init import INITS, random_codes_
 from vqkernels.nn.learning import LearnedCodebook, in_backward
 from vqkernels.nn.projections import project_pair
+from vqkernels.nn.propagation import propagate
 from vqkernels.nn.regularizers import orthogonality
 from vqkernels.nn.sampling import sample_codes
 
 __all__ = ["VectorQuantizer"]
 
 _WEIGHTS = ("orthogonal_weight", "sample_entropy_weight", "batch_entropy_weight", "sample_temperature")
+_TEMPERATURES = ("entropy_temperature", "softmax_temperature")
+_GRADIENTS = ("straight_through", "rotation", "none", "softmax")
 
 
 class VectorQuantizer(LearnedCodebook):
@@ -39,7 +42,10 @@ class VectorQuantizer(LearnedCodebook):
         decay: of the moving averages, in (0, 1); ``None`` for a codebook trained by gradient.
         metric: ``"l2"``, ``"cosine"`` or ``"dot"``.
         heads: independent codebooks; the input has ``heads * embedding_dim`` channels, head by head.
-        gradient: ``"straight_through"``, ``"rotation"`` or ``"none"``, see :func:`vqkernels.vector_quantize`.
+        gradient: ``"straight_through"``, ``"rotation"`` or ``"none"``, see :func:`vqkernels.vector_quantize`; or
+            ``"softmax"`` (IBQ): the gradient of softmax(score / ``softmax_temperature``) over all codes, which moves
+            every code in every step (:mod:`vqkernels.nn.propagation`). Eager only.
+        softmax_temperature: of that softmax.
         init: ``"uniform"`` U(-1/K, 1/K), ``"normal"`` N(0, 1), or ``"kmeans"``: k-means on the first training batch
             (until then the codes are the uniform ones). Under ``torch.compile`` call :meth:`initialize` before.
         dead_code_ratio: a code whose average usage is below this share of the mean usage is moved to a vector of the
@@ -118,6 +124,7 @@ class VectorQuantizer(LearnedCodebook):
         batch_entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
         sample_temperature: float = 0.0,
+        softmax_temperature: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -128,18 +135,18 @@ class VectorQuantizer(LearnedCodebook):
         arguments.check_number("dead_code_ratio", dead_code_ratio, high=1.0)
         self.orthogonal_weight, self.sample_temperature = orthogonal_weight, sample_temperature
         self.sample_entropy_weight, self.batch_entropy_weight = sample_entropy_weight, batch_entropy_weight
-        self.entropy_temperature = entropy_temperature
-        for name in (*_WEIGHTS, "entropy_temperature"):
+        self.entropy_temperature, self.softmax_temperature = entropy_temperature, softmax_temperature
+        for name in (*_WEIGHTS, *_TEMPERATURES):
             arguments.check_number(name, getattr(self, name))
-        if entropy_temperature == 0:
-            raise ValueError(f"entropy_temperature is {entropy_temperature!r}; expected a positive number")
+            if name in _TEMPERATURES and getattr(self, name) == 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive number")
         arguments.check_number("eps", eps)
         for name, value in (("decay", 0.5 if decay is None else decay), ("usage_decay", usage_decay)):
             arguments.check_number(name, value)
             if not 0 < value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a number in (0, 1)")
         arguments.check_choice("metric", metric)
-        arguments.check_choice("gradient", gradient)
+        arguments.check_choice("gradient", gradient, _GRADIENTS)
         arguments.check_choice("init", init, INITS)
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim is {channel_dim!r}; expected 1 for (B, C, ...) or -1 for (..., C)")
@@ -241,9 +248,14 @@ class VectorQuantizer(LearnedCodebook):
         chosen = None
         if self.training and self.sample_temperature > 0:
             chosen = sample_codes(rows, codes, self.metric, self.sample_temperature)
+        soft = self.gradient == "softmax"
+        gradient = "none" if soft else self.gradient
         out = quantize_rows(
-            rows, codes, metric=self.metric, gradient=self.gradient, mask=valid, search=search, chosen=chosen
+            rows, codes, metric=self.metric, gradient=gradient, mask=valid, search=search, chosen=chosen
         )
+        if soft and torch.is_grad_enabled():
+            values = propagate(rows, codes, out.indices, self.metric, self.softmax_temperature)
+            out = out._replace(quantized=values.to(rows.dtype))
         if learning:
             with torch.no_grad():
                 found = rows.detach() if self.affine is None else self.affine.inverse(rows.detach())

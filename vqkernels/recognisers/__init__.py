@@ -23,6 +23,9 @@ FAMILIES: tuple[str, ...] = (
     "taming",
     "llamagen",
     "codecs",
+    "simvq",
+    "var",
+    "ibq",
 )
 
 

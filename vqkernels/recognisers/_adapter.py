@@ -73,6 +73,12 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
+    def original_of(cls, module_class: type) -> type:
+        """The original class among the bases of a patched one, whose file may hold what a method needs."""
+        found = (base for base in module_class.__mro__ if not issubclass(base, Adapter))
+        return next(base for base in found if cls.target_of(base) is base)
+
+    @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """Why a module that is a target, or a subclass of one, is left alone, or ``None``."""
         target = cls.target_of(type(module))

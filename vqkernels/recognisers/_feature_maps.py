@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqkernels.functional import vector_quantize
 
-__all__ = ["QuantizedMap", "average_dtype", "quantize_map"]
+__all__ = ["QuantizedMap", "average_dtype", "check_map", "quantize_map"]
 
 
 class QuantizedMap(NamedTuple):
@@ -24,12 +24,25 @@ class QuantizedMap(NamedTuple):
     commitment_loss: Tensor
 
 
-def quantize_map(z: Tensor, codebook: Tensor) -> QuantizedMap:
+def check_map(z: Tensor, codebook: Tensor, dims: int = 4, channels: int = 1) -> None:
+    """``z`` has ``dims`` dims, and in dim ``channels`` as many entries as a code.
+
+    The originals flatten first: with another number of channels they raise an error about something else, or none.
+    """
+    size = codebook.shape[-1]
+    if z.dim() != dims or z.shape[channels] != size:
+        names = [("B", "C", "L"), ("B", "C", "H", "W"), ("B", "T", "C", "H", "W")][dims - 3]
+        wanted = ", ".join(str(size) if i == channels else name for i, name in enumerate(names))
+        raise ValueError(f"the quantizer's input has shape {tuple(z.shape)}; expected ({wanted})")
+
+
+def quantize_map(z: Tensor, codebook: Tensor, dims: int = 4) -> QuantizedMap:
     """Nearest codes by L2 of a map (B, C, ...), channels second; losses and result in the dtypes of the usual code.
 
     The usual code is ``z + (e - z).detach()`` with ``mean((e - z)^2)`` of each side detached: it promotes a
     half-precision map to the dtype of the codes, and averages in that dtype.
     """
+    check_map(z, codebook, dims)
     z = z.to(torch.promote_types(z.dtype, codebook.dtype))
     out = vector_quantize(z.movedim(1, -1), codebook)
     dtype = average_dtype(z)

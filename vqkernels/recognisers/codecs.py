@@ -55,6 +55,9 @@ class EuclideanCodebook(Adapter):
         "expire_codes_": ("batch_samples",),
     }
     attributes = ("inited", "cluster_size", "embed", "embed_avg", "decay", "epsilon", "kmeans_iters")
+    available_fixes: ClassVar = {
+        "encodec-expiry": "dead codes are really replaced: after the moving averages, which follow to the new code"
+    }
 
     @classmethod
     def unsupported(cls, module: Any) -> str | None:
@@ -80,8 +83,12 @@ class EuclideanCodebook(Adapter):
         quantized = module.dequantize(indices)
         if module.training:
             rows = x.detach().reshape(-1, x.shape[-1])
-            module.expire_codes_(rows)
-            self._update(rows, indices.reshape(-1))
+            if "encodec-expiry" in self.fixes:
+                self._update(rows, indices.reshape(-1))
+                self._expire(rows)
+            else:
+                module.expire_codes_(rows)
+                self._update(rows, indices.reshape(-1))
         return quantized, indices
 
     def _update(self, rows: Tensor, indices: Tensor) -> None:
@@ -92,6 +99,16 @@ class EuclideanCodebook(Adapter):
         total.mul_(module.decay).add_(sums.to(total.dtype), alpha=1 - module.decay)
         smoothed = (size + module.epsilon) / (size.sum() + module.codebook_size * module.epsilon) * size.sum()
         module.embed.data.copy_(total / smoothed.unsqueeze(1))
+
+    def _expire(self, rows: Tensor) -> None:
+        """The original's replacement, its broadcast included, and averages that agree with the new codes."""
+        module: Any = self
+        module.expire_codes_(rows)
+        least = module.threshold_ema_dead_code
+        size, total = module.cluster_size.data, module.embed_avg.data
+        dead = size < least
+        total.copy_(torch.where(dead.unsqueeze(1), module.embed * least, total))
+        size.copy_(torch.where(dead, float(least), size))
 
     def init_embed_(self, data: Tensor) -> None:
         module: Any = self
@@ -110,12 +127,9 @@ class EuclideanCodebook(Adapter):
 
 def _broadcast_of(module: Any) -> Any:
     """The ``broadcast_tensors`` that the original's file uses to keep ranks in step, or ``None``."""
-    for base in type(module).__mro__:
-        if EuclideanCodebook.target_of(base) is base and not issubclass(base, Adapter):
-            source = sys.modules.get(base.__module__)
-            distrib = getattr(source, "distrib", None) or getattr(getattr(source, "flashy", None), "distrib", None)
-            return getattr(distrib, "broadcast_tensors", None)
-    return None
+    source = sys.modules.get(EuclideanCodebook.original_of(type(module)).__module__)
+    distrib = getattr(source, "distrib", None) or getattr(getattr(source, "flashy", None), "distrib", None)
+    return getattr(distrib, "broadcast_tensors", None)
 
 
 def _kmeans(rows: Tensor, codes: int, iterations: int) -> tuple[Tensor, Tensor]:

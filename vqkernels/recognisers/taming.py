@@ -16,6 +16,7 @@ from vqkernels.functional import codebook_sum, lookup
 from vqkernels.recognisers._adapter import Adapter
 from vqkernels.recognisers._copies import unknown_attributes
 from vqkernels.recognisers._feature_maps import quantize_map
+from vqkernels.recognisers._remapping import remap_to_used
 
 __all__ = ["ADAPTERS", "IGNORED"]
 
@@ -50,7 +51,7 @@ class Quantizer2(Adapter):
         return _forward2(self, z)
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
-        return _remap_to_used(self, inds)
+        return remap_to_used(self, inds)
 
 
 class DiffusersQuantizer(Quantizer2):
@@ -75,29 +76,6 @@ def _forward2(module: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None,
     if module.sane_index_shape:
         indices = indices.reshape(z.shape[0], z.shape[2], z.shape[3])
     return out.quantized, loss, (None, None, indices)
-
-
-def _remap_to_used(module: Any, indices: Tensor) -> Tensor:
-    """Positions of indices in ``used`` by a table of O(K), where the original compares every index with every entry."""
-    if indices.dim() < 2:
-        raise AssertionError(f"inds has shape {tuple(indices.shape)}; expected at least two dims")
-    rows = indices.reshape(indices.shape[0], -1)
-    used = module.used.to(rows)
-    unknown_place, outside = len(used), module.embedding.num_embeddings
-    # Two entries more than codes: one for entries of `used` that are no index, one for indices that are none.
-    table = used.new_full((outside + 2,), unknown_place)
-    valid = (used >= 0) & (used < outside)
-    places = torch.arange(len(used), device=used.device, dtype=used.dtype)
-    table.scatter_reduce_(0, torch.where(valid, used, outside), places, "amin")  # the first place of a duplicate
-    table[outside:] = unknown_place
-    new: Tensor = table[torch.where((rows >= 0) & (rows < outside), rows, outside + 1)]
-    unknown = new == unknown_place
-    if module.unknown_index == "random":
-        # Drawn as the original draws, on the CPU and by count: the same seed gives the same indices.
-        new[unknown] = torch.randint(0, module.re_embed, size=new[unknown].shape).to(device=new.device)
-    else:
-        new[unknown] = module.unknown_index
-    return new.reshape(indices.shape)
 
 
 class Quantizer1(Adapter):

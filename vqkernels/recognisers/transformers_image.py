@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vqkernels.functional import nearest
 from vqkernels.recognisers._adapter import Adapter
-from vqkernels.recognisers._feature_maps import quantize_map
+from vqkernels.recognisers._feature_maps import check_map, quantize_map
 
 __all__ = ["ADAPTERS"]
 
@@ -61,6 +61,7 @@ class Emu3Quantizer(Adapter):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         module: Any = self
+        check_map(hidden_state, module.embedding.weight, 5, 2)
         batch, frames = hidden_state.shape[:2]
         indices, _ = nearest(hidden_state.flatten(0, 1).movedim(1, -1), module.embedding.weight)
         return indices.reshape(batch, frames, *indices.shape[1:])
