@@ -13,6 +13,7 @@ from tests.quantizers import same_state, state
 from vqkernels import VectorQuantizer
 from vqkernels.nn import IndexRemap, assignment, assignment_entropies, orthogonality
 from vqkernels.nn.estimators import estimate, rotate_back
+from vqkernels.nn.propagation import propagate
 
 K, D = 16, 8
 
@@ -263,6 +264,79 @@ def test_sampled_codes_follow_the_softmax_of_the_scores(metric: str) -> None:
     assert torch.equal(vq.code_counts, counts)
 
 
+def softly(z: Tensor, codes: Tensor, metric: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """IBQ's formula, N x K: the values, and the indices."""
+    score = {
+        "l2": lambda: -(z.unsqueeze(-2) - codes.unsqueeze(-3)).square().sum(-1),
+        "cosine": lambda: z @ F.normalize(codes, dim=-1).mT,
+        "dot": lambda: z @ codes.mT,
+    }[metric]()
+    soft = (score / temperature).softmax(-1)
+    indices = score.argmax(-1)
+    hard = F.one_hot(indices, codes.shape[-2]).to(soft)
+    return (hard - soft.detach() + soft) @ codes, indices
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
+@pytest.mark.parametrize("block", [2**20, 3 * 7])
+def test_softmax_gradient_is_that_of_ibq(metric: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assignment, "BLOCK_ELEMENTS", block)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    codes = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    want, indices = softly(x.flatten(1, 2), codes, metric, 0.7)
+    got = propagate(x, codes, indices.view(2, 3, 5), metric, 0.7)
+    close(got.flatten(1, 2), want, rtol=1e-12, atol=1e-12)
+    g = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad(got, (x, codes), g.view(2, 3, 5, 4)), torch.autograd.grad(want, (x, codes), g), strict=True
+    ):
+        close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"metric": "cosine", "normalize": False}, {"heads": 2}, {"decay": 0.9}], ids=str
+)
+def test_softmax_gradient_of_a_quantizer_moves_all_codes(options: dict[str, Any]) -> None:
+    heads, metric = options.get("heads", 1), options.get("metric", "dot")
+    options = {"metric": "dot", "gradient": "softmax", "softmax_temperature": 0.5, "init": "normal"} | options
+    vq = VectorQuantizer(K, D, channel_dim=-1, **options)
+    codes = vq.codebook.detach().clone().requires_grad_()
+    z = torch.randn(2, 11, heads * D)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    out = vq(a)
+    rows = b.unflatten(-1, (heads, D)).movedim(-2, 0).flatten(1, 2)
+    want, indices = softly(rows, codes.view(heads, K, D), metric, 0.5)
+    want = want.view(heads, 2, 11, D).movedim(0, -2).flatten(-2)
+    assert torch.equal(out.indices.reshape(-1, heads).T, indices)
+    close(out.quantized, want)
+    out.quantized.sin().sum().backward()
+    want.sin().sum().backward()
+    close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    if "decay" not in options:
+        close(vq.codebook.grad.view(codes.shape), codes.grad, rtol=1e-4, atol=1e-5)
+        assert (vq.codebook.grad != 0).any(-1).all()
+    with torch.no_grad():
+        assert torch.equal(vq.eval()(z).indices, vq(z).indices)
+
+
+def test_softmax_gradient_of_rows_that_do_not_count() -> None:
+    vq = VectorQuantizer(K, D, metric="dot", gradient="softmax", init="normal", channel_dim=-1)
+    z = torch.randn(4, D, requires_grad=True)
+    vq(z, mask=torch.tensor([True, False, True, False])).quantized.square().sum().backward()
+    assert (z.grad != 0).all(-1).tolist() == [True, False, True, False]
+    bad = torch.randn(4, D)
+    bad[1] = float("nan")
+    vq.codebook.grad = None
+    vq(bad.requires_grad_()).quantized.square().sum().backward()
+    assert torch.isfinite(vq.codebook.grad).all()
+    assert bad.grad[1].tolist() == [0.0] * D
+    x = torch.randn(1, 1, 3, 2, requires_grad=True)
+    values = propagate(x, torch.randn(1, 4, 2), torch.zeros(1, 1, 3).long(), "dot")
+    (once,) = torch.autograd.grad(values.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
+
+
 def test_estimators_return_the_values_exactly_with_their_gradient() -> None:
     z, e, g = (torch.randn(4, 5, 3, dtype=torch.float64) for _ in range(3))
     z.requires_grad_()
@@ -287,6 +361,7 @@ def test_estimators_return_the_values_exactly_with_their_gradient() -> None:
         ({"affine": True, "metric": "cosine"}, "affine is True with metric 'cosine'"),
         ({"input_dim": 0}, "input_dim is 0"),
         ({"sample_temperature": -1.0}, "sample_temperature is -1.0"),
+        ({"softmax_temperature": 0.0}, "softmax_temperature is 0.0; expected a positive number"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:

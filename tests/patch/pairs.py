@@ -29,8 +29,8 @@ def wrong_rows(original: Tensor, patched: Tensor, x: Tensor, codebook: Tensor, m
     return int((original.reshape(-1) != expected).sum())
 
 
-def close(a: Tensor | None, b: Tensor | None, tolerance: float = 1e-5) -> None:
-    """Equal within ``tolerance`` of the largest value; the same shape and dtype."""
+def close(a: Tensor | None, b: Tensor | None, tolerance: float = 1e-5, least: float = 1e-30) -> None:
+    """Equal within ``tolerance`` of the largest value (or of ``least``); the same shape and dtype."""
     if a is None or b is None:
         assert a is b
         return
@@ -38,7 +38,7 @@ def close(a: Tensor | None, b: Tensor | None, tolerance: float = 1e-5) -> None:
     if not a.is_floating_point():
         assert torch.equal(a, b)
         return
-    scale = max(1e-30, float(a.detach().abs().max())) if a.numel() else 1.0
+    scale = max(least, float(a.detach().abs().max())) if a.numel() else 1.0
     torch.testing.assert_close(b / scale, a / scale, rtol=0, atol=tolerance)
 
 
@@ -101,12 +101,12 @@ def compare(
     return expected, out
 
 
-def same_buffers(a: nn.Module, b: nn.Module) -> None:
+def same_buffers(a: nn.Module, b: nn.Module, least: float = 1e-30) -> None:
     """Buffers and parameters agree within 1e-5, by name."""
     left, right = a.state_dict(), b.state_dict()
     assert list(left) == list(right)
     for name, value in left.items():
-        close(value, right[name])
+        close(value, right[name], least=least)
 
 
 def round_trip(original: nn.Module, patched: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,18 @@ import pytest
 import torch
 from parity import assert_same_state, assert_same_step, assert_state_loads_both_ways, pair
 from torch import Tensor, nn
-from vector_quantize_pytorch import GroupedResidualVQ, RandomProjectionQuantizer, ResidualSimVQ, ResidualVQ, SimVQ
+from vector_quantize_pytorch import (
+    GroupedResidualVQ,
+    HierarchicalVQ,
+    RandomProjectionQuantizer,
+    ResidualSimVQ,
+    ResidualVQ,
+    SimVQ,
+)
 from vector_quantize_pytorch import VectorQuantize as VQ
+
+import vqkernels
+from vqkernels import recognisers
 
 Make = Callable[[], nn.Module]
 D, K = 10, 23
@@ -124,6 +135,13 @@ COMPOSED: dict[str, tuple[Make, tuple[int, ...]]] = {
     "residual stochastic": (make(ResidualVQ, num_quantizers=3, stochastic_sample_codes=True), (3, 37, D)),
     "grouped": (make(GroupedResidualVQ, groups=2, num_quantizers=3), (3, 37, D)),
     "grouped dropout": (make(GroupedResidualVQ, groups=2, num_quantizers=3, quantize_dropout=True), (3, 37, D)),
+    "hierarchical": (make(HierarchicalVQ, scales=(1, 2, 5), kmeans_init=False, decay=0.8), (3, D, 16)),
+    "hierarchical image": (
+        make(
+            HierarchicalVQ, scales=(1, 2, 4), shared_codebook=False, accept_image_fmap=True, threshold_ema_dead_code=0
+        ),
+        (3, D, 6, 6),
+    ),
     "simvq": (make(SimVQ), (3, 37, D)),
     "simvq straight through": (make(SimVQ, rotation_trick=False, commitment_weight=0.3), (3, 37, D)),
     "simvq image": (make(SimVQ, channel_first=True, frozen_codebook_dim=6), (3, D, 5, 7)),
@@ -223,6 +241,35 @@ def test_random_projections_are_searched_by_the_patched_codebook() -> None:
     original, twin = pair(make(RandomProjectionQuantizer, codebook_dim=4, num_codebooks=3))
     x = batch((3, 37, D), 0, grad=False)
     assert torch.equal(original(x), twin(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FSQ", {"levels": [3, 3]}),
+        ("FSP", {"levels": [3, 3]}),
+        ("LFQ", {"codebook_size": 4}),
+        ("ResidualFSQ", {"levels": [3, 3], "dim": 2, "num_quantizers": 2}),
+        ("ResidualLFQ", {"codebook_size": 4, "dim": 2, "num_quantizers": 2}),
+        ("LatentQuantize", {"levels": [3, 3], "dim": 2}),
+        ("BinaryMapper", {"bits": 3}),
+    ],
+)
+def test_classes_without_a_codebook_are_left_alone_with_the_reason(name: str, options: dict[str, Any]) -> None:
+    library = importlib.import_module("vector_quantize_pytorch")
+    report = vqkernels.patch(getattr(library, name)(**options), strict=True)
+    assert not report.replaced
+    assert {s.reason for s in report.skipped} == {"has no codebook to search"}
+
+
+def test_every_class_of_the_library_is_known() -> None:
+    """A new version with a new quantizer fails here."""
+    library = importlib.import_module("vector_quantize_pytorch")
+    ignored = {path.rpartition(".")[2] for path in recognisers.ignored()}
+    built_on_these = {"GroupedResidualVQ", "HierarchicalVQ", "RandomProjectionQuantizer", "ResidualSimVQ", "ResidualVQ"}
+    others = {"Sequential"}
+    classes = {n for n, c in vars(library).items() if isinstance(c, type) and issubclass(c, nn.Module)}
+    assert classes <= ignored | built_on_these | {"VectorQuantize", "SimVQ"} | others
 
 
 def test_what_crashes_upstream_crashes_with_the_same_error() -> None:

@@ -53,6 +53,14 @@ class Quantizer2(Adapter):
     def remap_to_used(self, inds: Tensor) -> Tensor:
         return remap_to_used(self, inds)
 
+    def embed_code(self, embed_id: Tensor) -> Tensor:
+        """Codes (B, C, H, W) of indices (B, H, W): taming's ``VQModel.decode_code`` calls it, and it is not there."""
+        module: Any = self
+        if hasattr(super(), "embed_code"):
+            own: Tensor = super().embed_code(embed_id)  # type: ignore[misc]
+            return own
+        return lookup(module.embedding.weight, embed_id).movedim(-1, 1)
+
 
 class DiffusersQuantizer(Quantizer2):
     """diffusers' ``VectorQuantizer``: the same without the arguments for Gumbel."""

@@ -133,9 +133,7 @@ class VarQuantizer(Adapter):
         module: Any = self
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         least = processes * (f.numel() / f.shape[1]) / module.vocab_size * 0.08
-        used = (module.ema_vocab_hit_SV >= least).float().mean(1) * 100
-        found: list[float] = used.tolist()
-        return found
+        return [100 * share for share in (module.ema_vocab_hit_SV >= least).float().mean(1).tolist()]
 
 
 def _check_size(f: Tensor, size: tuple[int, int]) -> None:

@@ -1,7 +1,8 @@
 """vector-quantize-pytorch: ``VectorQuantize``, and with it ``ResidualVQ`` and all else built on it, and ``SimVQ``.
 
 The library's own code goes on running; what is replaced is the codebook inside, where the cost is: search, one-hot
-and the sums for the moving averages. Written against versions 1.27 to 1.32.
+and the sums for the moving averages. Tested against version 1.32; of another one, a method with other parameters keeps
+its code.
 """
 
 from __future__ import annotations
@@ -24,5 +25,7 @@ IGNORED = {
         ("residual_lfq", "GroupedResidualLFQ"),
         ("latent_quantization", "LatentQuantize"),
         ("binary_mapper", "BinaryMapper"),
+        ("finite_scalar_perturbation", "FSP"),
+        ("evo_lookup_free_quantization", "EvoLFQ"),
     )
 }
