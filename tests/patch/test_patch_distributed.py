@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pairs import tensors
+from table import ROWS, batch
+from table import build as build_row
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -71,6 +74,42 @@ def train(model: nn.Module, rank: int) -> list[Tensor]:
     return found
 
 
+class Scaled(nn.Module):
+    """A row of the table behind something to learn."""
+
+    def __init__(self, name: str, patched: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.quantizer, self.call = build_row(name).train(), ROWS[name].call
+        if patched:
+            assert vqkernels.patch(self, strict=True).replaced
+
+    def forward(self, x: Tensor) -> Any:
+        return [*tensors(self.call(self.quantizer, x * self.scale.mean())), self.scale.sum()]
+
+
+FAMILIES = [name for name, row in ROWS.items() if row.speaks and row.family != "vector_quantize_pytorch"]
+
+
+def train_row(name: str, patched: bool, how: str, rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Indices of two steps, and the state after them."""
+    scaled = Scaled(name, patched)
+    if how == "fsdp":
+        for module in (scaled.quantizer, scaled):
+            fully_shard(module)
+    model = DistributedDataParallel(scaled) if how == "ddp" else scaled
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    found = []
+    for step in range(2):
+        results = model(batch(name, 10 * step + rank))
+        optimizer.zero_grad()
+        sum(t.double().sin().sum() for t in results if t.requires_grad).backward()
+        optimizer.step()
+        found += [t for t in results if not t.is_floating_point()]
+    full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in scaled.state_dict().items()}
+    return found, {k: v.detach().clone() for k, v in full.items()}
+
+
 def worker(rank: int, folder: str, sent: bytes) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -81,6 +120,10 @@ def worker(rank: int, folder: str, sent: bytes) -> None:
                 model = build(name, patched)
                 indices = train(DistributedDataParallel(model), rank)
                 found[name, patched] = indices, {k: v.clone() for k, v in model.state_dict().items()}
+        for name in FAMILIES:
+            for how in ("ddp", "fsdp"):
+                for patched in (False, True):
+                    found[name, how, patched] = train_row(name, patched, how, rank)
         for first in ("patch", "shard"):
             model = build("ema", first == "patch")
             for module in (model.quantizer, model):
@@ -137,3 +180,18 @@ def test_fully_shard_before_or_after_patching_is_the_same(ranks: list[dict[Any, 
         ddp = rank["ema", True]
         assert torch.equal(a[0], ddp[0][0])
         torch.testing.assert_close(embed_a, ddp[1]["quantizer._codebook.embed"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_class_of_each_family_trains_on_two_processes(ranks: list[dict[Any, Any]], name: str, how: str) -> None:
+    for rank in ranks:
+        (expected, state), (indices, patched) = rank[name, how, False], rank[name, how, True]
+        assert all(torch.equal(a, b) for a, b in zip(expected, indices, strict=True))
+        assert list(state) == list(patched)
+        for key, value in state.items():
+            torch.testing.assert_close(patched[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+    states = [rank[name, how, True][1] for rank in ranks]
+    for key in states[0]:  # EnCodec's statistics and LlamaGen's window of tokens are each process's own
+        if name not in ("re-stated EnCodec", "re-stated LlamaGen") or key == "scale":
+            assert torch.equal(states[0][key], states[1][key]), key
