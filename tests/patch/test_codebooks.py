@@ -201,6 +201,21 @@ def test_moshi_codebook_equals_original(training: bool) -> None:
     round_trip(original, patched)
 
 
+@pytest.mark.parametrize("start", ["zeros", "repeated rows"])
+@pytest.mark.parametrize(("codes", "dim", "rows"), [(33, 6, 21), (300, 64, 47)])
+def test_of_equal_codes_the_lowest_index_is_named(start: str, codes: int, dim: int, rows: int) -> None:
+    """Levels before their k-means start, or started from fewer rows than codes; cdist may round equal codes apart."""
+    module = MoshiCodebook(dim, codes)
+    x = torch.randn(rows, dim)
+    module.embedding_sum.copy_(x[torch.randint(0, rows, (codes,))] if start != "zeros" else torch.zeros(codes, dim))
+    original, patched = pair(module)
+    theirs, ours = original._quantize(x), patched._quantize(x)
+    same = (module.embedding[ours][:, None] == module.embedding).all(-1)
+    assert torch.equal(ours, same.int().argmax(1))
+    # The same values, whichever of them the original names.
+    close(module.embedding[theirs], module.embedding[ours])
+
+
 def test_two_repositories_one_file_name() -> None:
     """EnCodec's and Moshi's codebooks share the name and the file name; attributes tell them apart."""
     model = nn.ModuleList([EncodecCodebook(D, K), MoshiCodebook(D, K)])
