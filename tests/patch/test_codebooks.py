@@ -216,6 +216,16 @@ def test_of_equal_codes_the_lowest_index_is_named(start: str, codes: int, dim: i
     close(module.embedding[theirs], module.embedding[ours])
 
 
+def test_a_level_that_waits_for_its_start_is_searched_exactly() -> None:
+    """Moshi: zeros, and one code that moved by what little the level was given. Its cdist cannot tell them apart."""
+    module = MoshiCodebook(D, K).train()
+    module.embedding_sum.zero_()[0] = 1e-8
+    original, patched = pair(module)
+    x = torch.randn(200, D)
+    assert wrong_rows(original._quantize(x), patched._quantize(x), x, module.embedding) > 50
+    assert set(patched._quantize(x).unique().tolist()) == {0, 1}
+
+
 def test_two_repositories_one_file_name() -> None:
     """EnCodec's and Moshi's codebooks share the name and the file name; attributes tell them apart."""
     model = nn.ModuleList([EncodecCodebook(D, K), MoshiCodebook(D, K)])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pairs import compare, pair, permuted, round_trip, run, same_buffers, tensors
-from table import ROWS, Row, batch, build, group_for, shrink
+from table import ROWS, Row, _call, batch, build, group_for, shrink
 from torch import Tensor, nn
 
 import vqkernels
@@ -214,3 +214,30 @@ def test_unpatched_is_the_original_again(name: str) -> None:
     assert [type(m) for m in patched.modules()] == [type(m) for m in original.modules()]
     results = [tensors(seeded(ROWS[name])(m, batch(name))) for m in (original, patched)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_patching_in_the_middle_of_training(name: str) -> None:
+    """The optimizer that holds the parameters, its state and the hooks go on working."""
+    original, twin = build(name).train(), build(name).train()
+    calls: list[str] = []
+    twin.register_forward_hook(lambda *_: calls.append("hook"))
+    trained = any(p.requires_grad for p in original.parameters())
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) if trained else None for m in (original, twin)]
+    for step in range(4):
+        if step == 2:
+            assert vqkernels.patch(twin, strict=True).replaced
+        compare(original, twin, seeded(ROWS[name]), batch(name, step), True)
+        for optimizer in optimizers:
+            if optimizer is not None:
+                optimizer.step()
+    # Adam divides by the gradient's size: where that is rounding, so is the step.
+    same_buffers(original, twin, least=0.1)
+    assert len(calls) == (4 if ROWS[name].call is _call else 0)
+
+
+def test_a_patched_module_moves_to_float64(name: str) -> None:
+    row = ROWS[name]
+    if not row.wide:
+        pytest.skip("the original computes in float32")
+    original, patched = pair(build(name).eval())
+    compare(original.double(), patched.double(), seeded(row), batch(name).double(), True)
