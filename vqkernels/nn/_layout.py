@@ -1,6 +1,6 @@
 """Where a module's channels and heads are: views between (B, C, ...) or (..., C) and the (H, B, S, D) of the ops.
 
-Called by :class:`vqkernels.nn.VectorQuantizer`.
+Called by the quantizers beside this file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from torch import Tensor
 
 from vqkernels import _arguments as arguments
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "check_channel_dim"]
+
+
+def check_channel_dim(channel_dim: int) -> None:
+    """It is one of the two places that channels may have."""
+    if channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim is {channel_dim!r}; expected 1 for (B, C, ...) or -1 for (..., C)")
 
 
 @dataclass(frozen=True)

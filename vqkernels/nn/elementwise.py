@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkernels import _arguments as arguments
-from vqkernels.nn._layout import Layout
+from vqkernels.nn._layout import Layout, check_channel_dim
 from vqkernels.nn.projections import project_pair
 
 __all__ = ["ElementwiseQuantizer"]
@@ -32,8 +32,7 @@ class ElementwiseQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         arguments.check_count("heads", heads)
-        if channel_dim not in (1, -1):
-            raise ValueError(f"channel_dim is {channel_dim!r}; expected 1 for (B, C, ...) or -1 for (..., C)")
+        check_channel_dim(channel_dim)
         self.embedding_dim, self.heads, self.channel_dim = dim, heads, channel_dim
         self._layout = Layout(heads, dim, channel_dim)
         self.project_in, self.project_out = project_pair(

@@ -14,7 +14,7 @@ from vqkernels import _arguments as arguments
 from vqkernels.functional import VQOutput, lookup_rows, quantize_rows
 from vqkernels.nn import checkpoints, statistics
 from vqkernels.nn._distributed import all_reduce
-from vqkernels.nn._layout import Layout
+from vqkernels.nn._layout import Layout, check_channel_dim
 from vqkernels.nn.learning import in_backward
 
 __all__ = ["SimVQ"]
@@ -79,8 +79,7 @@ class SimVQ(nn.Module):
             arguments.check_count(name, value)
         arguments.check_number("commitment_cost", commitment_cost)
         arguments.check_choice("gradient", gradient)
-        if channel_dim not in (1, -1):
-            raise ValueError(f"channel_dim is {channel_dim!r}; expected 1 for (B, C, ...) or -1 for (..., C)")
+        check_channel_dim(channel_dim)
         self.num_embeddings, self.embedding_dim, self.channel_dim = num_embeddings, embedding_dim, channel_dim
         self.commitment_cost, self.gradient, self.sync = commitment_cost, gradient, sync
         self._layout = Layout(1, embedding_dim, channel_dim)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vqkernels import _arguments as arguments
 from vqkernels.functional import VQOutput, lookup_rows, quantize_rows
-from vqkernels.nn._layout import Layout
+from vqkernels.nn._layout import Layout, check_channel_dim
 from vqkernels.nn.affine import AffineCodes
 from vqkernels.nn.assignment import soft_usage
 from vqkernels.nn.codebook_init import INITS, random_codes_
@@ -148,8 +148,7 @@ class VectorQuantizer(LearnedCodebook):
         arguments.check_choice("metric", metric)
         arguments.check_choice("gradient", gradient, _GRADIENTS)
         arguments.check_choice("init", init, INITS)
-        if channel_dim not in (1, -1):
-            raise ValueError(f"channel_dim is {channel_dim!r}; expected 1 for (B, C, ...) or -1 for (..., C)")
+        check_channel_dim(channel_dim)
         if decay is not None and (legacy or orthogonal_weight > 0):
             name, found = ("legacy", legacy) if legacy else ("orthogonal_weight", orthogonal_weight)
             raise ValueError(f"{name} is {found!r} and decay {decay!r}; expected decay=None: a trained codebook")

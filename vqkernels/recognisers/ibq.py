@@ -75,12 +75,12 @@ class IbqQuantizer(Adapter):
 
 
 # A compiled model breaks its graph around these two: how many blocks of rows there are depends on the input.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _propagate(rows: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
     return propagate(rows, codes, indices, "dot")
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _mean_assignment(rows: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return mean_assignment(rows, codes, "dot", temperature, None)
 

@@ -109,7 +109,8 @@ class VarQuantizer(Adapter):
         out: Tensor = module.quant_resi[scale / max(1, len(sizes) - 1)](h.contiguous())
         return out
 
-    @torch.compiler.disable  # counts in a Python number, which a graph would be compiled for anew in every step
+    # It counts in a Python number, which a graph would be compiled for anew in every step.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count(self, hits: Tensor) -> None:
         """The original's moving averages of how often each scale (S, K) chose each code; one all-reduce for all."""
         module: Any = self
