@@ -1,6 +1,6 @@
 """How many residual levels a training step keeps: arithmetic on a step counter, no generator, no wait for the device.
 
-Called by :class:`vqkernels.ResidualVectorQuantizer`. Every process computes the same numbers from the same counter.
+Called by the residual quantizers. Every process computes the same numbers from the same counter.
 """
 
 from __future__ import annotations
@@ -8,11 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqkernels import _arguments as arguments
 from vqkernels.nn.statistics import scramble
 
-__all__ = ["DROPOUTS", "levels_to_keep"]
+__all__ = ["DROPOUTS", "check_levels", "levels_to_keep"]
 
 DROPOUTS = ("batch", "sample")
+
+
+def check_levels(num_levels: int | None, most: int, least: int = 1) -> int:
+    """``num_levels`` of a call, in [least, most]; ``None`` is all of them."""
+    if num_levels is None:
+        return most
+    arguments.check_count("num_levels", num_levels)
+    if not least <= num_levels <= most:
+        raise ValueError(f"num_levels is {num_levels}; expected {least} to {most}")
+    return num_levels
 
 
 def levels_to_keep(

@@ -18,7 +18,7 @@ from vqkernels.nn import checkpoints
 from vqkernels.nn._layout import Layout
 from vqkernels.nn.estimators import estimate
 from vqkernels.nn.learning import in_backward
-from vqkernels.nn.level_dropout import DROPOUTS, levels_to_keep
+from vqkernels.nn.level_dropout import DROPOUTS, check_levels, levels_to_keep
 from vqkernels.nn.projections import project_pair
 from vqkernels.nn.vector_quantizer import VectorQuantizer
 
@@ -198,7 +198,7 @@ class ResidualVectorQuantizer(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtype or device do not fit.
         """
-        limit = self._limit(num_levels)
+        limit = check_levels(num_levels, self.num_levels)
         arguments.check_float_tensor("z", z)
         inside = z if self.project_in is None else self.project_in(z)
         inside = inside if inside.dtype == torch.float64 else inside.float()
@@ -258,14 +258,6 @@ class ResidualVectorQuantizer(nn.Module):
 
     def _first(self, x: Tensor) -> bool:
         return self.channel_dim == 1 and x.dim() > 2
-
-    def _limit(self, num_levels: int | None) -> int:
-        if num_levels is None:
-            return self.num_levels
-        arguments.check_count("num_levels", num_levels)
-        if num_levels > self.num_levels:
-            raise ValueError(f"num_levels is {num_levels}; expected at most {self.num_levels}")
-        return num_levels
 
     def _keep(self, z: Tensor, keep: Tensor | None) -> Tensor | None:
         """How many levels to keep, () or (B,); ``None`` for all."""
@@ -372,7 +364,7 @@ class ResidualVectorQuantizer(nn.Module):
 
     def bitrate(self, frame_rate: float, num_levels: int | None = None) -> float:
         """Bits per second of ``frame_rate`` positions per second, log2 K bits per level."""
-        return frame_rate * sum(math.log2(k) for k in self.sizes[: self._limit(num_levels)])
+        return frame_rate * sum(math.log2(k) for k in self.sizes[: check_levels(num_levels, self.num_levels)])
 
     def levels_for(self, bits_per_second: float, frame_rate: float) -> int:
         """The most levels whose :meth:`bitrate` is at most ``bits_per_second``, at least one (EnCodec's ``n_q``)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vqkernels import _arguments as arguments
 from vqkernels.nn import checkpoints
+from vqkernels.nn.level_dropout import check_levels
 from vqkernels.nn.residual import ResidualVectorQuantizer, ResidualVQOutput
 
 __all__ = ["SplitResidualVectorQuantizer"]
@@ -111,12 +112,7 @@ class SplitResidualVectorQuantizer(nn.Module):
 
     def _acoustic(self, num_levels: int | None) -> int:
         """How many acoustic levels there are among ``num_levels``."""
-        if num_levels is None:
-            return self.num_levels - self.semantic_levels
-        arguments.check_count("num_levels", num_levels)
-        if not self.semantic_levels <= num_levels <= self.num_levels:
-            raise ValueError(f"num_levels is {num_levels}; expected {self.semantic_levels} to {self.num_levels}")
-        return num_levels - self.semantic_levels
+        return check_levels(num_levels, self.num_levels, self.semantic_levels) - self.semantic_levels
 
     def codes_to_output(self, indices: Tensor) -> Tensor:
         """What :meth:`forward` outputs for indices (B, ..., q), q at least the semantic levels; -1 gives zeros.
