@@ -15,7 +15,7 @@ FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp tests/gpu_free/*.cu)
 BUILT_FROM := pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/cuda/CMakeLists.txt $(CPP)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench gpu asan wheel clean
+.PHONY: help demo test check format bench gpu sanitizer asan wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -73,10 +73,13 @@ asan: $(VENV)/.dev  ## the op tests on a library built with AddressSanitizer and
 	$(ASAN_ENV) VQKERNELS_CUDA_LIBRARY=$(CURDIR)/build/cuda_host_asan/libvqk_cuda_host.so \
 	  $(PYTEST) -p no:cacheprovider -m "not slow" -k "not training_step" tests/gpu_free/hosted_*.py
 
+WHEELS ?= build/wheel
+DIST ?= dist
+
 wheel: $(VENV)/.dev  ## dist/*.whl for any Python, with both libraries (VQKERNELS_REQUIRE_CUDA=1 insists on CUDA's)
-	rm -rf build/wheel && mkdir -p build/wheel dist
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair -w dist build/wheel/*.whl
+	rm -rf "$(WHEELS)" && mkdir -p "$(WHEELS)" "$(DIST)"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w "$(WHEELS)" .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair -w "$(DIST)" "$(WHEELS)"/*.whl
 
 clean:  ## remove environments, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
