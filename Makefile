@@ -46,10 +46,14 @@ bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables an
 # PYTHONSAFEPATH (Python 3.11) keeps the sources here, which have no library beside them, off it.
 GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 
-gpu:  ## on a CUDA machine, without network: build, prove, tune and measure in under ten minutes (ARGS="--help")
+gpu:  ## on a CUDA machine, without network: build, prove, tune and measure; ARGS="--steps prove", then "--steps measure"
+	$(PYTHON) -m benchmarks.gpu --check $(ARGS)
+	export VQKERNELS_GPU_STARTED=$$(date +%s) && $(MAKE) -s build/gpu/.built && $(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
+
+build/gpu/.built: $(BUILT_FROM) $(shell find vqkernels -name '*.py')
 	rm -rf build/gpu
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --target build/gpu .
-	$(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
+	@touch $@
 
 sanitizer:  ## on a CUDA machine: the CUDA kernels under compute-sanitizer, memcheck and racecheck on small cases
 	$(MAKE) gpu ARGS="--steps memcheck racecheck $(ARGS)"
