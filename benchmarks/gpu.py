@@ -69,6 +69,12 @@ class Outcome:
     note: str
 
 
+def _selftest(options: argparse.Namespace, seconds: float) -> list[str] | str:
+    if options.device != "cuda":
+        return "a CPU has no tensor cores to ask"
+    return [*PYTHON, "-m", "vqkernels", "info", "--self-test"]
+
+
 def _tests(options: argparse.Namespace, seconds: float) -> list[str]:
     command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow or gpu", *TESTS]
     if options.quick:
@@ -117,8 +123,7 @@ def _stage(name: str) -> Callable[[argparse.Namespace, float], list[str] | str]:
 BUILD, CALL = 120.0, 530.0
 STEPS = (
     Step("info", 15, lambda o, s: [*PYTHON, "-m", "vqkernels", "info"], "what runs where"),
-    Step("selftest", 60, lambda o, s: [*PYTHON, "-m", "vqkernels", "info", "--self-test"],
-         "do the tensor cores add as the bound assumes?"),
+    Step("selftest", 60, _selftest, "do the tensor cores add as the bound assumes?"),
     Step("smoke", 45, lambda o, s: [*PYTHON, "-m", "benchmarks.gpu_smoke", "--device", o.device],
          "every op and backend on small cases against the CPU"),
     Step("tests", 170, _tests, "the suite on the device"),

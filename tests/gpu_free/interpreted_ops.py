@@ -66,18 +66,55 @@ def test_codebook_sum_equals_the_reference_to_the_bit(sizes: tuple[int, ...], dt
 
 
 def test_codebook_sum_survives_collapse_and_codes_without_rows() -> None:
-    x = torch.randn(1, 1, 1300, 3)
-    indices = torch.where(torch.rand(1, 1, 1300) < 0.9, 4, torch.randint(-1, 40, (1, 1, 1300)))
-    for num_codes in (40, 1400):
+    n = 700
+    x = torch.randn(1, 1, n, 3)
+    indices = torch.where(torch.rand(1, 1, n) < 0.9, 4, torch.randint(-1, 40, (1, 1, n)))
+    assert int((indices == 4).sum()) > 2 * 256
+    for num_codes in (40, 130):
         found = ops.codebook_sum(x, indices, num_codes, "triton")
         expected = ops.codebook_sum(x, indices, num_codes, "reference")
-        assert int(found[1].max()) > 4 * 256
         assert found[0].equal(expected[0])
         assert found[1].equal(expected[1])
+    few = ops.codebook_sum(x[:, :, :9], indices[:, :, :9], 40, "triton")
+    assert few[0].equal(ops.codebook_sum(x[:, :, :9], indices[:, :, :9], 40, "reference")[0])
     nothing = ops.codebook_sum(x, torch.full_like(indices, -1), 7, "triton")
     assert not nothing[0].any()
     assert not nothing[1].any()
     assert not ops.codebook_sum(x[:, :, :0], indices[:, :, :0], 7, "triton")[0].any()
+
+
+@pytest.mark.parametrize(
+    "sizes", [(256,), (257,), (255, 1), (256, 256), (1, 300, 255, 0, 512, 513), (0, 0, 600)], ids=str
+)
+def test_chunks_of_neighbouring_codes_do_not_meet(sizes: tuple[int, ...]) -> None:
+    # Full chunks, broken ones and codes without rows beside each other, in two heads and around rows without a code.
+    one = torch.cat([torch.full((n,), code) for code, n in enumerate((*sizes, 5))])
+    one[-5:] = -1
+    indices = torch.stack([one[torch.randperm(len(one))] for _ in range(2)])[:, None]
+    x = torch.randn(2, 1, len(one), 2)
+    found = ops.codebook_sum(x, indices, len(sizes), "triton")
+    expected = ops.codebook_sum(x, indices, len(sizes), "reference")
+    assert found[0].equal(expected[0])
+    assert found[1].tolist() == [list(map(float, sizes))] * 2
+
+
+def test_keys_beyond_16_bits_sort_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vqkernels.ops.codebook_sum import triton as backend
+
+    sorted_as: list[torch.dtype] = []
+    sort = Tensor.sort
+    monkeypatch.setattr(Tensor, "sort", lambda self, **k: sorted_as.append(self.dtype) or sort(self, **k))
+
+    class Skipped:  # a program per code: too many for the interpreter
+        def __getitem__(self, grid: object) -> object:
+            return lambda *args, **kwargs: None
+
+    for num_codes in (2**15 - 1, 2**15):
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "_slot_owners", Skipped())
+            patch.setattr(backend, "_chunk_sums", Skipped())
+            backend.run(torch.ones(1, 1, 3, 1), torch.tensor([[[num_codes - 1, 0, -1]]]), num_codes)
+    assert sorted_as == [torch.int16, torch.int32]
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
