@@ -171,7 +171,7 @@ def check_memory_is_that_of_rows_and_codes(place: Place, op: str) -> None:
     held = sum(t.numel() * t.element_size() for t in [*results, *arguments] if isinstance(t, Tensor))
     peak = place.peak(lambda: run(op, arguments, place.backend))
     assert peak <= 16 * held + 2**21, (
-        f"{peak} bytes beside {held} of arguments and results; N x K floats are {4 * n * k}"
+        f"{peak} bytes beside {held} given and returned; N x K floats are {4 * n * k}"
     )
 
 
