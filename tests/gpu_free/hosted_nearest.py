@@ -21,7 +21,7 @@ NAMES = ("direct", "sm80", "sm90")
 # Screens with orders of execution: a seed mixes all kinds of orders over the blocks, so two say nearly what four do.
 ORDERS = [(DIRECT, SEEDS[1])] + [(screen, seed) for seed in SEEDS[1::2] for screen in (SM80, SM90)]
 # N, K, D: each width and number of panels, one tile and several, one block of rows and several.
-SHAPES = ((1, 1, 1), (3, 7, 3), (65, 129, 8), (257, 100, 12), (70, 1000, 31), (65, 129, 63), (63, 257, 64),
+SHAPES = ((1, 1, 1), (3, 7, 3), (65, 129, 8), (257, 100, 12), (70, 400, 31), (65, 129, 63), (63, 257, 64),
           (33, 300, 95), (130, 129, 100), (65, 140, 190), (140, 257, 256),
           (33, 129, 380), (9, 260, 512), (5, 100, 600))  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_screen_alone_is_wrong_where_the_certificate_is_right(
         x = codes[40 + gap].repeat(8, 1)
         check(x, codes)
         wrong |= search(x, codes, precision="fast")[0].tolist() != [40 + gap] * 8
-        if wrong and seed > 2:
+        if wrong and seed > 0:
             break
     assert wrong, "the planted case does not defeat the screen: it proves nothing"
 
@@ -147,7 +147,7 @@ def test_chunks_of_rows_and_splits_of_codes_change_nothing(
     force(monkeypatch, screen, splits, chunk, processors)
     for seed, d in ((SEEDS[1], 9), (SEEDS[3], 40)):
         set_seed(seed)
-        check(*data(30 if chunk == 7 else 300, 1000, d))
+        check(*data(30 if chunk == 7 else 300, 520, d))
 
 
 def test_slices_of_a_scan_are_merged(screen: int) -> None:
