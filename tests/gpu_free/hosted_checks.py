@@ -11,6 +11,8 @@ from typing import Any
 
 import gpu_checks
 import pytest
+import torch
+from cuda_host import ROOT
 from gpu_checks import CHECKS, STEPS, Place
 from torch import Tensor
 
@@ -71,3 +73,10 @@ def test_checks_can_fail(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         CHECKS[4](PLACE, op)
     with pytest.raises(AssertionError, match="N x K floats"):
         gpu_checks.check_a_training_step_takes_no_matrix(PLACE, {})
+
+
+def test_the_cases_of_the_sanitizer_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import gpu_smoke
+
+    assert gpu_smoke.run(torch.device("cpu"), PLACE.backend, most_rows=100) > 80
