@@ -47,8 +47,8 @@ bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables an
 GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 
 gpu:  ## on a CUDA machine, without network: build, prove, tune and measure; ARGS="--steps prove", then "--steps measure"
-	$(PYTHON) -m benchmarks.gpu --check $(ARGS)
-	export VQKERNELS_GPU_STARTED=$$(date +%s) && $(MAKE) -s build/gpu/.built && $(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
+	export VQKERNELS_GPU_STARTED=$$(date +%s) && $(PYTHON) -m benchmarks.gpu --check $(ARGS) && \
+	  $(MAKE) -s build/gpu/.built && $(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 build/gpu/.built: $(BUILT_FROM) $(shell find vqkernels -name '*.py')
 	rm -rf build/gpu

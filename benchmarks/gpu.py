@@ -331,11 +331,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from vqkernels import tuned
 
-    seconds = _left(options.seconds)
     stamp = describe(options.device)
     options.output = (options.output or RESULTS / tuned.slug(stamp["device"]["name"])).resolve()
     options.output.mkdir(parents=True, exist_ok=True)
     steps = [s for s in STEPS if s.name in options.steps and s.name not in options.skip]
+    seconds = _left(options.seconds)
     if len(steps) == 1 and steps[0].seconds < seconds:  # one step alone may take all the time there is
         steps = [replace(steps[0], seconds=seconds)]
     before, why = gpu_record.carried(options.output, stamp, {s.name for s in steps})
