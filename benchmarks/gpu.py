@@ -231,6 +231,10 @@ def describe(device: str) -> dict[str, Any]:
     return {"device": facts, "versions": versions, "commit": commit(), "date": now(), "sources": _sources(device)}
 
 
+def _stamp(options: argparse.Namespace) -> dict[str, Any]:
+    return {**describe(options.device), "quick": options.quick}
+
+
 def _sources(device: str) -> dict[str, str]:
     try:
         return gpu_record.sources(device)
@@ -248,7 +252,7 @@ def _bench(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     peaks = gpu_timing.peaks(device, options.quick)
     print("peaks: " + ", ".join(f"{k} {v / 1e12:.3g} T/s" for k, v in peaks.items()))
-    data: dict[str, Any] = {"environment": describe(options.device), "peaks": peaks, "stages": {}}
+    data: dict[str, Any] = {"environment": _stamp(options), "peaks": peaks, "stages": {}}
     bench = Bench(device, peaks, options.seconds, options.quick)
     for stage, measure in STAGES.items():
         for record in measure(bench):
@@ -331,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from vqkernels import tuned
 
-    stamp = describe(options.device)
+    stamp = _stamp(options)
     options.output = (options.output or RESULTS / tuned.slug(stamp["device"]["name"])).resolve()
     options.output.mkdir(parents=True, exist_ok=True)
     steps = [s for s in STEPS if s.name in options.steps and s.name not in options.skip]

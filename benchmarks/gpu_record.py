@@ -34,7 +34,7 @@ def sources(device: str) -> dict[str, str]:
 
 def _same(a: Record, b: Record) -> str | None:
     """The first thing in which two runs differ, or ``None``."""
-    for key in ("device", "versions", "commit", "sources"):
+    for key in ("device", "versions", "commit", "sources", "quick"):
         if a.get(key) != b.get(key):
             return key
     return None
@@ -95,7 +95,8 @@ def verdict(output: Path, stamp: Record, outcomes: list[Record], device: str) ->
     content |= {key: measured[key] for key in ("nearest", "measured") if key in measured}
     bench = _read(output / "gpu.json") or {}
     lines = []
-    if bench and device == "cuda":
+    counts = device == "cuda" and not stamp.get("quick")  # few tests and tiny sizes prove nothing
+    if bench and counts:
         if (what := _same(bench.get("environment", {}), stamp)) is not None:
             lines.append(f'gpu.json is of another {what.removesuffix("s")}: no table for "auto" was written from it')
         elif found := table(bench["stages"]):
@@ -104,14 +105,16 @@ def verdict(output: Path, stamp: Record, outcomes: list[Record], device: str) ->
     status = {o["step"]: o["status"] for o in outcomes}
     missing = [step for step in PROOF if status.get(step) != "ok"]
     bad = [step for step in SANITIZERS if status.get(step) == "FAILED"]
-    if not missing and not bad and device == "cuda":
+    if not missing and not bad and counts:
         content["verified"] = {
             "commit": stamp["commit"], "date": stamp["date"], **stamp["versions"], "sources": stamp["sources"],
         }  # fmt: skip
     shutil.rmtree(output / "tuned", ignore_errors=True)
     write_json(path, content)
     if "verified" not in content:
-        why = ", ".join(f"{s}: {status.get(s, 'not run')}" for s in (*missing, *bad)) or "not a GPU"
+        why = ", ".join(f"{s}: {status.get(s, 'not run')}" for s in (*missing, *bad)) or (
+            "--quick" if device == "cuda" else "not a GPU"
+        )
         return "\n".join([*lines, f'backend="auto" goes on not choosing these kernels here ({why})'])
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     chosen = "CUDA or Triton by measured times" if "auto" in content else "Triton (CUDA needs the step bench)"

@@ -103,6 +103,10 @@ def test_only_a_green_run_on_a_gpu_leaves_a_record(tmp_path: Path, shipped: Call
         shipped()
         assert tuned.verified("NVIDIA Test 9") is None
         assert "goes on not choosing these kernels" in text
+    text = verdict(tmp_path, stamp=STAMP | {"quick": True})
+    shipped()
+    assert tuned.verified("NVIDIA Test 9") is None, "a part of the suite proves nothing"
+    assert "(--quick)" in text
 
 
 def test_the_record_is_what_lets_auto_choose(
@@ -177,7 +181,13 @@ def test_measured_times_become_the_table_that_auto_goes_by(tmp_path: Path, shipp
 
 
 def test_times_of_other_kernels_make_no_table(tmp_path: Path) -> None:
-    for other in ({"commit": "abd"}, {"sources": {}}, {"versions": {"torch": "3"}}, {"device": {"name": "another"}}):
+    for other in (
+        {"commit": "abd"},
+        {"quick": True},
+        {"sources": {}},
+        {"versions": {"torch": "3"}},
+        {"device": {"name": "another"}},
+    ):
         gpu.write_json(tmp_path / "gpu.json", {"environment": STAMP | other, "stages": STAGES})
         text = verdict(tmp_path)
         assert "auto" not in json.loads((tmp_path / "tuned.json").read_text())
