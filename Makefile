@@ -15,7 +15,7 @@ FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp tests/gpu_free/*.cu)
 BUILT_FROM := pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/cuda/CMakeLists.txt $(CPP)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench gpu asan wheel clean
+.PHONY: help demo test check format bench gpu sanitizer asan wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -46,10 +46,14 @@ bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables an
 # PYTHONSAFEPATH (Python 3.11) keeps the sources here, which have no library beside them, off it.
 GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 
-gpu:  ## on a CUDA machine, without network: build, prove, tune and measure in under ten minutes (ARGS="--help")
+gpu:  ## on a CUDA machine, without network: build, prove, tune and measure; ARGS="--steps prove", then "--steps measure"
+	export VQKERNELS_GPU_STARTED=$$(date +%s) && $(PYTHON) -m benchmarks.gpu --check $(ARGS) && \
+	  $(MAKE) -s build/gpu/.built && $(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
+
+build/gpu/.built: $(BUILT_FROM) $(shell find vqkernels -name '*.py')
 	rm -rf build/gpu
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --target build/gpu .
-	$(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
+	@touch $@
 
 sanitizer:  ## on a CUDA machine: the CUDA kernels under compute-sanitizer, memcheck and racecheck on small cases
 	$(MAKE) gpu ARGS="--steps memcheck racecheck $(ARGS)"
@@ -73,10 +77,13 @@ asan: $(VENV)/.dev  ## the op tests on a library built with AddressSanitizer and
 	$(ASAN_ENV) VQKERNELS_CUDA_LIBRARY=$(CURDIR)/build/cuda_host_asan/libvqk_cuda_host.so \
 	  $(PYTEST) -p no:cacheprovider -m "not slow" -k "not training_step" tests/gpu_free/hosted_*.py
 
+WHEELS ?= build/wheel
+DIST ?= dist
+
 wheel: $(VENV)/.dev  ## dist/*.whl for any Python, with both libraries (VQKERNELS_REQUIRE_CUDA=1 insists on CUDA's)
-	rm -rf build/wheel && mkdir -p build/wheel dist
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair -w dist build/wheel/*.whl
+	rm -rf "$(WHEELS)" && mkdir -p "$(WHEELS)" "$(DIST)"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w "$(WHEELS)" .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair -w "$(DIST)" "$(WHEELS)"/*.whl
 
 clean:  ## remove environments, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

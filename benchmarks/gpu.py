@@ -7,17 +7,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_record
 from benchmarks.environment import RESULTS, ROOT, commit, now, write_json
 
 __all__ = ["STEPS", "Outcome", "Step", "main", "run_steps"]
@@ -28,14 +28,17 @@ TESTS = ("tests/gpu", "tests/ops", "tests/test_functional.py", "tests/test_nn.py
          "tests/test_nn_state.py")  # fmt: skip
 NOT_ON_PATH = "compute-sanitizer is not on the PATH (it comes with the CUDA toolkit): NOTHING WAS CHECKED FOR RACES"
 EXAMPLES = """\
-examples:
-  python -m benchmarks.gpu                                        all steps, under ten minutes
-  python -m benchmarks.gpu --steps info selftest smoke tests      is it right?
-  python -m benchmarks.gpu --steps bench report --seconds 500     how fast is it?
-  python -m benchmarks.gpu --output "$OUT"                        results somewhere else
+two calls, each below nine minutes with the build (on a machine that ends a call after ten):
+  make gpu ARGS="--steps prove"                                   is it right? build, self-test, suite, sanitizer
+  make gpu ARGS="--steps measure"                                 how fast is it? tuner, benchmarks, report
+other examples:
+  python -m benchmarks.gpu                                        all steps, as far as the time goes
+  python -m benchmarks.gpu --steps info smoke                     one or the other
+  python -m benchmarks.gpu --output "$OUT"                        results somewhere else; give it to both calls
 
-Exit status 1 if a step failed or ran out of time. After a green run of selftest, smoke and tests, tuned.json carries a
-record; copied to vqkernels/tuned/<device>.json it lets backend="auto" choose the Triton kernels on that kind of GPU.
+Later calls add to the results of earlier ones while device, versions, commit and kernels are the same. Exit status 1 if
+a step failed, ran out of time, or nothing ran. Once selftest, smoke and tests are green, tuned.json carries a record;
+copied to vqkernels/tuned/<device>.json it lets backend="auto" choose these kernels on that kind of GPU.
 """
 
 
@@ -66,8 +69,16 @@ class Outcome:
     note: str
 
 
+def _selftest(options: argparse.Namespace, seconds: float) -> list[str] | str:
+    if options.device != "cuda":
+        return "a CPU has no tensor cores to ask"
+    return [*PYTHON, "-m", "vqkernels", "info", "--self-test"]
+
+
 def _tests(options: argparse.Namespace, seconds: float) -> list[str]:
     command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow or gpu", *TESTS]
+    if options.quick:
+        return [*command, "-k", "ties"]
     try:
         import xdist  # noqa: F401
     except ImportError:
@@ -78,14 +89,16 @@ def _tests(options: argparse.Namespace, seconds: float) -> list[str]:
 
 def _sanitizer(tool: str) -> Callable[[argparse.Namespace, float], list[str] | str]:
     def command(options: argparse.Namespace, seconds: float) -> list[str] | str:
+        smoke = [*PYTHON, "-m", "benchmarks.gpu_smoke", "--device", options.device]
         if options.device != "cuda":
-            return "compute-sanitizer is for CUDA devices"
-        program = shutil.which("compute-sanitizer")
+            return smoke  # a rehearsal of the program that compute-sanitizer would watch
+        near = [Path(p).parent for p in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc") if p]
+        program = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, near)]))
         if program is None:
             return NOT_ON_PATH
         # Without torch's caching allocator an access beyond a tensor is one beyond an allocation.
         apart = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"] if tool == "memcheck" else []
-        return [*apart, program, "--tool", tool, "--error-exitcode", "9", *PYTHON, "-m", "benchmarks.gpu_smoke"]
+        return [*apart, program, "--tool", tool, "--error-exitcode", "9", *smoke]
 
     return command
 
@@ -106,21 +119,25 @@ def _stage(name: str) -> Callable[[argparse.Namespace, float], list[str] | str]:
     return command
 
 
+# What `make gpu` may take before the first step, and one call in all, seconds.
+BUILD, CALL = 120.0, 530.0
 STEPS = (
-    Step("info", 60, lambda o, s: [*PYTHON, "-m", "vqkernels", "info"], "what runs where"),
-    Step("selftest", 90, lambda o, s: [*PYTHON, "-m", "vqkernels", "info", "--self-test"],
-         "do the tensor cores add as the bound assumes?"),
-    Step("smoke", 60, lambda o, s: [*PYTHON, "-m", "benchmarks.gpu_smoke", "--device", o.device],
+    Step("info", 15, lambda o, s: [*PYTHON, "-m", "vqkernels", "info"], "what runs where"),
+    Step("selftest", 60, _selftest, "do the tensor cores add as the bound assumes?"),
+    Step("smoke", 45, lambda o, s: [*PYTHON, "-m", "benchmarks.gpu_smoke", "--device", o.device],
          "every op and backend on small cases against the CPU"),
-    Step("tests", 200, _tests, "the suite on the device"),
-    Step("tune", 60, _tune, "launch configurations for this device"),
-    Step("bench", 170, _stage("bench"), "speed and memory against other libraries"),
+    Step("tests", 170, _tests, "the suite on the device"),
     Step("memcheck", 60, _sanitizer("memcheck"), "compute-sanitizer: accesses"),
     Step("racecheck", 60, _sanitizer("racecheck"), "compute-sanitizer: races in shared memory"),
+    Step("tune", 90, _tune, "launch configurations for this device"),
+    Step("bench", 290, _stage("bench"), "speed and memory against other libraries"),
     Step("report", 30, _stage("report"), "tables, targets, a chart"),
 )  # fmt: skip
-# What must be green before "auto" may choose these kernels.
-PROOF = ("selftest", "smoke", "tests")
+# One call each: the budgets of a part and the build fit into it.
+PARTS = {
+    "prove": ("info", "selftest", "smoke", "tests", "memcheck", "racecheck"),
+    "measure": ("tune", "bench", "report"),
+}
 
 
 def run_steps(steps: list[Step], options: argparse.Namespace, log: Any, total: float) -> list[Outcome]:
@@ -190,31 +207,6 @@ def _summary(outcomes: list[Outcome]) -> str:
     return "\n".join(["", "summary", *lines, *loud])
 
 
-def _verdict(outcomes: list[Outcome], stamp: dict[str, Any], options: argparse.Namespace) -> str:
-    """Write tuned.json: configurations if they were measured, and the record if the proof is green."""
-    from vqkernels import tuned
-
-    name = stamp["device"]["name"]
-    path = options.output / "tuned.json"
-    found = options.output / "tuned" / f"{tuned.slug(name)}.json"
-    content = json.loads(found.read_text()) if found.is_file() else {"device": name, "nearest": {}}
-    status = {o.step: o.status for o in outcomes}
-    missing = [step for step in PROOF if status.get(step) != "ok"]
-    bad = [s for s in ("memcheck", "racecheck") if status.get(s) in ("FAILED",)]
-    if not missing and not bad and options.device == "cuda":
-        content["verified"] = {"commit": stamp["commit"], "date": stamp["date"], **stamp["versions"]}
-    shutil.rmtree(options.output / "tuned", ignore_errors=True)
-    write_json(path, content)
-    if "verified" not in content:
-        why = ", ".join(f"{s}: {status.get(s, 'not run')}" for s in (*missing, *bad)) or "not a GPU"
-        return f'backend="auto" goes on not choosing Triton here ({why})'
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return (
-        f'GREEN. To let backend="auto" choose Triton on {name}: cp {shown} vqkernels/tuned/{tuned.slug(name)}.json, '
-        "commit it with these results, and say so in docs/gpu.md"
-    )
-
-
 def describe(device: str) -> dict[str, Any]:
     """What numbers depend on."""
     import importlib.metadata
@@ -236,7 +228,18 @@ def describe(device: str) -> dict[str, Any]:
     else:
         facts = {"name": f"{platform.machine()} CPU (a rehearsal)"}
     versions = {"python": platform.python_version(), "torch": torch.__version__, **{p: version(p) for p in packages}}
-    return {"device": facts, "versions": versions, "commit": commit(), "date": now()}
+    return {"device": facts, "versions": versions, "commit": commit(), "date": now(), "sources": _sources(device)}
+
+
+def _stamp(options: argparse.Namespace) -> dict[str, Any]:
+    return {**describe(options.device), "quick": options.quick}
+
+
+def _sources(device: str) -> dict[str, str]:
+    try:
+        return gpu_record.sources(device)
+    except ImportError:  # `make gpu` asks for a device before it builds
+        return {}
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -249,7 +252,7 @@ def _bench(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     peaks = gpu_timing.peaks(device, options.quick)
     print("peaks: " + ", ".join(f"{k} {v / 1e12:.3g} T/s" for k, v in peaks.items()))
-    data: dict[str, Any] = {"environment": describe(options.device), "peaks": peaks, "stages": {}}
+    data: dict[str, Any] = {"environment": _stamp(options), "peaks": peaks, "stages": {}}
     bench = Bench(device, peaks, options.seconds, options.quick)
     for stage, measure in STAGES.items():
         for record in measure(bench):
@@ -294,16 +297,28 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     names = [step.name for step in STEPS]
+    given = [*PARTS, *names]
     parser.add_argument(
-        "--steps", nargs="+", choices=names, default=names, metavar="STEP", help=f"of {', '.join(names)}"
+        "--steps", nargs="+", choices=given, default=names, metavar="STEP", help=f"of {', '.join(given)}"
     )
     parser.add_argument("--skip", nargs="+", choices=names, default=[], metavar="STEP", help="leave these out")
-    parser.add_argument("--seconds", type=float, default=555.0, help="for all steps together (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=CALL, help="for all steps and the build before them (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a rehearsal without numbers")
-    parser.add_argument("--quick", action="store_true", help="tiny benchmark sizes: does it run?")
+    parser.add_argument("--quick", action="store_true", help="few tests, tiny benchmark sizes: does it run?")
+    parser.add_argument("--check", action="store_true", help="say whether there is a device, and do nothing else")
     parser.add_argument("--inner", choices=("bench", "report"), help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.steps = [name for step in options.steps for name in PARTS.get(step, (step,))]
+    return options
+
+
+def _left(seconds: float) -> float:
+    """Of the seconds of a call what the build, which began at VQKERNELS_GPU_STARTED, has not used."""
+    started = os.environ.get("VQKERNELS_GPU_STARTED")
+    return seconds - (max(0.0, time.time() - float(started)) if started else 0.0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -313,25 +328,36 @@ def main(arguments: list[str] | None = None) -> int:
         return {"bench": _bench, "report": _report}[options.inner](options)
     import torch
 
-    from vqkernels import tuned
-
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA device here, so nothing was tested on one", file=sys.stderr)
         return 1
-    stamp = describe(options.device)
+    if options.check:
+        return 0
+    from vqkernels import tuned
+
+    stamp = _stamp(options)
     options.output = (options.output or RESULTS / tuned.slug(stamp["device"]["name"])).resolve()
     options.output.mkdir(parents=True, exist_ok=True)
     steps = [s for s in STEPS if s.name in options.steps and s.name not in options.skip]
-    for step in list(steps):
-        if step.seconds < options.seconds and len(steps) == 1:  # one step alone may take all the time there is
-            steps = [Step(step.name, options.seconds, step.command, step.about)]
-    with (options.output / "log.txt").open("w") as log:
-        _say(log, f"{stamp['device']['name']}; {stamp['versions']}; commit {stamp['commit']}")
-        outcomes = run_steps(steps, options, log, options.seconds)
+    seconds = _left(options.seconds)
+    if len(steps) == 1 and steps[0].seconds < seconds:  # one step alone may take all the time there is
+        steps = [replace(steps[0], seconds=seconds)]
+    before, why = gpu_record.carried(options.output, stamp, {s.name for s in steps})
+    # What earlier calls said stays readable.
+    with (options.output / "log.txt").open("a" if before else "w") as log:
+        _say(log, f"{stamp['device']['name']}; {stamp['versions']}; commit {stamp['commit']}; {stamp['date']}")
+        if why:
+            _say(log, why)
+        outcomes = run_steps(steps, options, log, seconds)
         _say(log, _summary(outcomes))
-        _say(log, _verdict(outcomes, stamp, options))
-        write_json(options.output / "run.json", {**stamp, "steps": [asdict(o) for o in outcomes]})
-    return 1 if any(o.status in ("FAILED", "OUT OF TIME") for o in outcomes) else 0
+        order = [s.name for s in STEPS]
+        found = sorted([*before, *map(asdict, outcomes)], key=lambda o: order.index(o["step"]))
+        if before:
+            _say(log, "from earlier calls: " + ", ".join(f"{o['step']} {o['status']}" for o in before))
+        _say(log, gpu_record.verdict(options.output, stamp, found, options.device))
+        write_json(options.output / "run.json", {**stamp, "steps": found})
+    bad = any(o.status in ("FAILED", "OUT OF TIME") for o in outcomes)
+    return 1 if bad or all(o.status == "skipped" for o in outcomes) else 0
 
 
 if __name__ == "__main__":

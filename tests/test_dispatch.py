@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vqkernels import dispatch, ops, use_backend
+from vqkernels import dispatch, ops, tuned, use_backend
 
 X, CODEBOOK = torch.tensor([[[[1.0, 0.1], [0.2, 3.0]]]]), torch.eye(2)[None]
 
@@ -214,6 +216,113 @@ class _Module(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         return self.function(x, codebook)
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(ran: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Calls are dispatched as if their tensors were on a GPU; the result writes its table of measured times."""
+    reasons: dict[str, str | None] = {"native": None, "triton": None}
+    everything = (
+        dispatch.Backend("native", lambda device: None, lambda device: reasons["native"], by_table=True),
+        dispatch.Backend("triton", lambda device: None, lambda device: reasons["triton"]),
+        dispatch.Backend("reference", lambda device: None),
+    )
+    module = dispatch._module("nearest", "native")
+    triton = SimpleNamespace(supports=lambda *args: None, run=lambda *args: ran.append("triton") or module.run(*args))
+    original = dispatch._module
+    monkeypatch.setattr(dispatch, "_module", lambda op, name: triton if name == "triton" else original(op, name))
+    monkeypatch.setattr(dispatch, "BACKENDS", everything)
+    monkeypatch.setattr(dispatch, "_place", lambda args: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test 9")
+    monkeypatch.setenv("VQKERNELS_TUNED", str(tmp_path))
+
+    def measured(op: str = "nearest", held_back: dict[str, str] | None = None, **milliseconds: float) -> None:
+        reasons.update({"native": None, "triton": None} | (held_back or {}))
+        entry = {"case": "tiny", "rows": 2, "codes": 2, "dim": 2, "milliseconds": milliseconds}
+        content = {"schema": tuned.SCHEMA, "device": "NVIDIA Test 9", "nearest": {}}
+        content |= {"auto": {op: [entry]}} if milliseconds else {}
+        (tmp_path / "nvidia-test-9.json").write_text(json.dumps(content))
+        tuned.clear_cache()
+        ran.clear()
+
+    yield measured
+    tuned.clear_cache()
+
+
+def test_the_measured_table_orders_backends_on_a_gpu(gpu: Callable[..., None], ran: list[str]) -> None:
+    gpu(native=0.5, triton=0.25)
+    ops.nearest(X, CODEBOOK)
+    assert ran[0] == "triton"
+    gpu(native=0.125, triton=0.25)
+    ops.nearest(X, CODEBOOK)
+    assert ran == ["native"]
+    ops.nearest(X, CODEBOOK, backend="reference")
+    assert ran == ["native", "reference"]
+
+
+def test_without_a_measurement_the_cuda_library_waits_and_triton_runs(gpu: Callable[..., None], ran: list[str]) -> None:
+    for table in ({}, {"triton": 0.25}, {"op": "lookup", "native": 0.125, "triton": 0.25}):
+        gpu(**table)
+        ops.nearest(X, CODEBOOK)
+        assert ran[0] == "triton", table
+    gpu(held_back={"native": "not verified", "triton": "not verified"}, native=0.125, triton=0.25)
+    ops.nearest(X, CODEBOOK)
+    assert ran == ["reference"], "the fastest, but nothing says that it is right"
+
+
+def test_explain_gives_the_times_and_what_holds_back(gpu: Callable[..., None]) -> None:
+    args = (X, CODEBOOK, "l2", "exact")
+    gpu(native=0.125, triton=0.25)
+    why = "(measured at 2 rows x 2 codes x 2 dims (tiny): native 0.125 ms, triton 0.25 ms)"
+    assert dispatch.explain("nearest", args).splitlines() == [
+        "nearest on cuda: native",
+        f"  native     chosen {why}",
+        "  triton     available",
+        "  reference  available",
+    ]
+    gpu(held_back={"native": "not those that were verified"}, native=0.125, triton=0.25)
+    assert dispatch.explain("nearest", args).splitlines() == [
+        "nearest on cuda: triton",
+        "  native     available on request (backend='native'): not those that were verified",
+        f"  triton     chosen {why}",
+        "  reference  available",
+    ]
+    gpu()
+    assert "(backend='native'): no measured table of this GPU names it" in dispatch.explain("nearest", args)
+    gpu(native=0.125)
+    # Asked for by name: the table has no say.
+    assert "measured" not in dispatch.explain("nearest", args, "triton")
+
+
+def test_sizes_of_every_op_are_read_from_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def choice(name: str, op: str, *sizes: int) -> None:
+        seen[op] = sizes
+
+    monkeypatch.setattr(tuned, "choice", choice)
+    monkeypatch.setattr(tuned, "device_name", lambda device: "NVIDIA Test 9")
+    z, codes, indices = torch.zeros(2, 3, 5, 7), torch.zeros(2, 11, 7), torch.zeros(2, 3, 5, dtype=torch.int64)
+    given: dict[str, tuple[Any, ...]] = {
+        "nearest": (z, codes, "l2", "exact"),
+        "lookup": (codes, indices, False, None),
+        "codebook_sum": (z, indices, 11),
+        "ema_update": (codes[..., 0], codes, codes, codes[..., 0], codes, 0.9, 1e-5, False),
+        "quantize_grad": (z, z, codes, indices, torch.ones(()), "rotation", False),
+        "quantize_output": (z, codes, indices, None, False, False),
+    }
+    assert set(given) == set(dispatch.OPS) == set(dispatch._SIZES)
+    for op, args in given.items():
+        assert dispatch._measured(op, "auto", GPU, args) is None
+        assert dispatch._measured(op, "native", GPU, args) is None
+    assert seen == {op: (0 if op == "ema_update" else 30, 11, 7) for op in given}
+    seen.clear()
+    dispatch._measured("nearest", "native", GPU, given["nearest"])
+    dispatch._measured("nearest", "auto", torch.device("cpu"), given["nearest"])
+    assert seen == {}
 
 
 @pytest.mark.gpu

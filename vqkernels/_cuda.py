@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 from contextlib import AbstractContextManager
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -18,9 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqkernels import _native
+from vqkernels import _native, tuned
 
-__all__ = ["SearchPlan", "check", "held_back", "hosted", "lib", "on_device", "path", "serves", "stream", "unavailable"]
+__all__ = [
+    "SearchPlan",
+    "check",
+    "held_back",
+    "hosted",
+    "lib",
+    "on_device",
+    "path",
+    "serves",
+    "sources",
+    "stream",
+    "unavailable",
+]
 
 
 class SearchPlan(Structure):
@@ -176,6 +189,13 @@ def workspace(tensor: Tensor, size: int) -> Tensor:
     return torch.empty(-(-size // 8), dtype=torch.int64, device=tensor.device)
 
 
+@functools.cache
+def sources() -> str | None:
+    """The hash of csrc/cuda as it was when the library was built; ``None`` for the tests' build."""
+    found = re.search(r"sources ([0-9a-f]{16})", lib().vqk_build_info().decode())
+    return None if found is None else found[1]
+
+
 def held_back(device: torch.device) -> str | None:
-    """Why CUDA kernels are not chosen unless asked for; measured tables overrule it (``vqkernels/tuned``)."""
-    return "no measured table of this GPU names it" if device.type == "cuda" else None
+    """Why these kernels are not chosen on a device unless asked for: no green `make gpu` speaks for them."""
+    return tuned.untrusted(tuned.device_name(device), "native", sources()) if device.type == "cuda" else None

@@ -38,13 +38,17 @@ class Unsupported(RuntimeError):
 class Backend:
     """One entry of the backend table.
 
-    ``probe(device_type)`` returns the reason why the backend cannot run on that kind of device here, or ``None``;
-    ``held_back(device)`` why it is not chosen there unless it is asked for, or measured to be the fastest, or ``None``.
+    Attributes:
+        name: also the name of the file in ``ops/<op>``.
+        probe: takes a kind of device; why the backend cannot run on it here, or ``None``.
+        held_back: takes a device; why the backend is not chosen there unless it is asked for, or ``None``.
+        by_table: chosen on a GPU only for ops that were measured there.
     """
 
     name: str
     probe: Callable[[str], str | None]
     held_back: Callable[[torch.device], str | None] = lambda device: None
+    by_table: bool = False
 
 
 def _probe_native(device: str) -> str | None:
@@ -77,9 +81,9 @@ def _probe_reference(device: str) -> str | None:
 
 # Order of preference. "auto" takes the first that can run the call.
 BACKENDS: tuple[Backend, ...] = (
-    # On GPUs only where a measured table says that it is the fastest (_measured).
-    Backend("native", _probe_native, _native_held_back),
-    # Automatic only on kinds of GPU where a green `make gpu` was recorded (vqkernels/tuned, docs/gpu.md).
+    # On GPUs both are automatic only where a green `make gpu` is on record for these very kernels (vqkernels/tuned);
+    # the fastest in its measured table comes first (_measured).
+    Backend("native", _probe_native, _native_held_back, by_table=True),
     Backend("triton", _probe_triton, _triton_held_back),
     Backend("reference", _probe_reference),
 )
@@ -169,6 +173,7 @@ _SIZES: dict[str, Callable[..., tuple[int, int, int]]] = {
     "codebook_sum": lambda x, indices, num_codes: (indices.numel(), num_codes, x.shape[3]),
     "ema_update": lambda size, average, codebook, *_: (0, codebook.shape[1], codebook.shape[2]),
     "quantize_grad": lambda grad, z, codebook, *_: (z.shape[:-1].numel(), codebook.shape[1], codebook.shape[2]),
+    "quantize_output": lambda z, codebook, *_: (z.shape[:-1].numel(), codebook.shape[1], codebook.shape[2]),
 }
 
 
@@ -176,18 +181,22 @@ def _measured(op: str, name: str, device: torch.device, args: tuple[Any, ...]) -
     """What the measured table of this GPU says about a call of this size; only where the choice is free."""
     if name != "auto" or op not in _SIZES or device.type != "cuda":
         return None
-    return tuned.choice(torch.cuda.get_device_name(device), op, *_SIZES[op](*args))
+    return tuned.choice(tuned.device_name(device), op, *_SIZES[op](*args))
 
 
 def _candidates(choice: tuned.Choice | None) -> tuple[Backend, ...]:
-    """Backends in order of preference: what was measured to be the fastest comes first."""
-    return BACKENDS if choice is None else tuple(sorted(BACKENDS, key=lambda b: b.name != choice.backend))
+    """Backends in order of preference: the measured ones by time, then the others."""
+    if choice is None:
+        return BACKENDS
+    return tuple(sorted(BACKENDS, key=lambda b: choice.milliseconds.get(b.name, float("inf"))))
 
 
 def _held_back(candidate: Backend, choice: tuned.Choice | None, device: torch.device) -> str | None:
-    if choice is not None and candidate.name == choice.backend:
-        return None
-    return candidate.held_back(device)
+    if (reason := candidate.held_back(device)) is not None:
+        return reason
+    if candidate.by_table and device.type == "cuda" and (choice is None or candidate.name not in choice.milliseconds):
+        return "no measured table of this GPU names it"
+    return None
 
 
 @functools.cache
@@ -239,7 +248,7 @@ def explain(op: str, args: tuple[Any, ...], backend: str = "auto") -> str:
             module = _module(op, candidate.name)
             detail = getattr(module, "describe", None)
             note = "chosen" + (f": {detail(*args)}" if detail else "")
-            note += f" ({choice.why})" if choice is not None and choice.backend == candidate.name else ""
+            note += f" ({choice.why})" if choice is not None and candidate.name in choice.milliseconds else ""
         else:
             note = "available" if reason is None else reason
         lines.append(f"  {candidate.name:<10} {note}")

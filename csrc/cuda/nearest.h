@@ -118,9 +118,9 @@ VQK_DEVICE RowBound row_bound(const Search &s, int head, int row) {
   const float *at = s.info + static_cast<int64_t>(head) * 5 * s.rows_padded + row;
   return {at[0], at[s.rows_padded], at[2 * static_cast<int64_t>(s.rows_padded)], at[3 * static_cast<int64_t>(s.rows_padded)]};
 }
-// |computed t - t|, rounded up.
+// |computed t - t|, rounded up: no term is negative, and each came with four millionths more, twenty times what is lost here.
 VQK_DEVICE float bound(const RowBound &r, const float *tile) {
-  return __fmul_rn(__fmaf_rn(r.residual, tile[0], __fmaf_rn(r.length, tile[1], __fmaf_rn(r.f, tile[2], r.offset))), 1.000004f);
+  return __fmaf_rn(r.residual, tile[0], __fmaf_rn(r.length, tile[1], __fmaf_rn(r.f, tile[2], r.offset)));
 }
 
 #endif

@@ -20,7 +20,7 @@ VQK_DEVICE Best nothing_yet() { return {-INFINITY, -INFINITY, -INFINITY, 0}; }
 // `count` groups of `span` scores t[i] = acc[4 (i / 2) + i % 2] + f bias[i]; the first one is of code 8 `group`.
 template <int count, int span>
 VQK_DEVICE void keep_best(Best &best, const float *acc, const float (&bias)[count * span], float f, float eps, int group) {
-  float most = -INFINITY;
+  float most = 0;
 #pragma unroll
   for (int g = 0; g < count; ++g) {
     float t[4];  // four chains, so that no maximum waits for the one before
@@ -31,7 +31,7 @@ VQK_DEVICE void keep_best(Best &best, const float *acc, const float (&bias)[coun
       t[i % 4] = i < 4 ? score : fmaxf(t[i % 4], score);
     }
     const float group_most = fmaxf(fmaxf(t[0], t[1]), fmaxf(t[2], t[3]));
-    most = fmaxf(most, group_most);
+    most = g == 0 ? group_most : fmaxf(most, group_most);
     const float high = group_most + eps;
     if (high > best.upper) best.group = group + g * (span / 8);
     best.second = fmaxf(best.second, fminf(best.upper, high));

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(256) pack_codes(const Search s) {
   if (threadIdx.x < 3) {
     float most = 0;
     for (int i = 0; i < 8; ++i) most = fmaxf(most, shared.bounds[i][threadIdx.x]);
-    trailer[tile_codes + static_cast<int>(threadIdx.x)] = most * 1.000004f;
+    trailer[tile_codes + static_cast<int>(threadIdx.x)] = most * 1.000008f;  // bound() rounds as it likes
   }
 }
 
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(256) pack_rows(const Search s) {
     at[0] = f[i];
     at[step] = (length + residual) * 1.000004f;
     at[2 * step] = s.keep * residual;
-    at[3 * step] = s.metric == VQK_L2 ? 0x1p-49f * static_cast<float>(s.dim + 4) * length * (length / f[i]) : 0.0f;
+    at[3 * step] = s.metric == VQK_L2 ? 0x1.0001p-49f * static_cast<float>(s.dim + 4) * length * (length / f[i]) : 0.0f;
     at[4 * step] = row < s.rows ? state[i] : row_hopeless;
   }
 }

@@ -68,6 +68,11 @@ VQK_DEVICE void produce(const Search &s, Shared90<width, panels, halves> &shared
   }
 }
 
+// What a thread needs of a tile besides the products: the biases of its codes, and the bounds.
+struct Trailer {
+  float bias[32], bounds[3];
+};
+
 // One warp group. `Consumer` holds what outlives a phase; sums are passed by name, because registers have no index.
 template <int width, int panels, int halves, int span>
 struct Consumer {
@@ -75,8 +80,8 @@ struct Consumer {
   const Search &s;
   Shared &shared;
   int group;           // of the block's two
-  int step = 0;        // panels of all tiles before this item
-  int tiles = 0;       // tiles before this item
+  uint32_t step = 0;   // panels of all tiles before this item; unsigned, for stages are remainders
+  uint32_t tiles = 0;  // tiles before this item
   int first_tile = 0;  // of this item
   RowBound row[halves][2];
   Best best[halves][2];
@@ -90,21 +95,21 @@ struct Consumer {
   }
 
   template <int half>
-  __device__ __forceinline__ void release_panel(int phase, int panel) {
+  __device__ __forceinline__ void release_panel(uint32_t phase, uint32_t panel) {
     if (half == halves - 1) release(shared.codes_empty[(step + phase / halves * panels + panel) % Shared::stages]);
   }
 
   // Starts the products of phase p, a batch per panel. On return those of phase p - 1 are done. The last phase of a tile
-  // gives each panel back once its batch is done.
+  // gives each panel back once its batch is done. Only the first phase of a tile waits for what it needs of it.
   template <int half>  // p % halves
-  __device__ __forceinline__ void start(float (&sums)[64], int p) {
+  __device__ __forceinline__ void start(float (&sums)[64], uint32_t p) {
     constexpr int lag = Shared::lag;
-    const int at = step + p / halves * panels;
+    const uint32_t at = step + p / halves * panels;
     const uint64_t rows = descriptor(shared_address(shared.rows + (group * halves + half) * Shared::block_bytes), Shared::pitch);
 #pragma unroll
     for (int panel = 0; panel < panels; ++panel) {
-      const int stage = (at + panel) % Shared::stages;
-      shared.codes_full[stage].wait((at + panel) / Shared::stages % 2);
+      const uint32_t stage = (at + panel) % Shared::stages;
+      if (half == 0) shared.codes_full[stage].wait((at + panel) / Shared::stages % 2);
       const uint64_t codes = descriptor(shared_address(shared.codes[stage]), Shared::pitch);
       group_begin();
 #pragma unroll
@@ -121,7 +126,7 @@ struct Consumer {
   }
 
   // After the last phase, p.
-  __device__ __forceinline__ void drain(int p) {
+  __device__ __forceinline__ void drain(uint32_t p) {
     group_wait<0>();
 #pragma unroll
     for (int panel = panels - Shared::lag; panel < panels; ++panel) release_panel<halves - 1>(p, panel);
@@ -129,20 +134,24 @@ struct Consumer {
   }
 
   template <int half>
-  __device__ __forceinline__ void finish(float (&sums)[64], int p) {
+  __device__ __forceinline__ void finish(float (&sums)[64], Trailer &trailer, uint32_t p) {
     vqk::pin(sums);
-    const int tile = p / halves, slot = (tiles + tile) % trailers90, code = lane() % 4 * 32;
-    shared.trailer_full[slot].wait((tiles + tile) / trailers90 % 2);
-    const float *trailer = reinterpret_cast<const float *>(shared.trailer[slot]);
-    float bias[32];
-    load_bias(bias, trailer + code);
+    const uint32_t tile = p / halves, slot = (tiles + tile) % trailers90;
+    const int code = lane() % 4 * 32;
+    if (half == 0) {  // the other half of the rows meets the same codes
+      shared.trailer_full[slot].wait((tiles + tile) / trailers90 % 2);
+      const float *from = reinterpret_cast<const float *>(shared.trailer[slot]);
+      load_bias(trailer.bias, from + code);
+#pragma unroll
+      for (int i = 0; i < 3; ++i) trailer.bounds[i] = from[tile_codes + i];
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      keep_best<32 / span, span>(best[half][h], sums + 2 * h, bias, row[half][h].f, bound(row[half][h], trailer + tile_codes),
-                                 ((first_tile + tile) * tile_codes + code) / 8);
+      keep_best<32 / span, span>(best[half][h], sums + 2 * h, trailer.bias, row[half][h].f, bound(row[half][h], trailer.bounds),
+                                 (first_tile + static_cast<int>(tile)) * (tile_codes / 8) + code / 8);
 #pragma unroll
     for (int h = 0; h < 2; ++h) pin(best[half][h]);
-    if (half == halves - 1) {
+    if (half == 0) {
       __syncwarp();
       release(shared.trailer_empty[slot]);
     }
@@ -151,11 +160,12 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     constexpr int other = halves - 1;  // the half of odd phases
     float even[64], odd[64];
+    Trailer trailer;
     int round = 0;
     for (int i = static_cast<int>(blockIdx.x); i < item_count<halves>(s); i += static_cast<int>(gridDim.x), ++round) {
       const Item item = item_at<halves>(s, i);
       first_tile = item.begin;
-      const int phases = (item.end - item.begin) * halves;
+      const uint32_t phases = static_cast<uint32_t>(item.end - item.begin) * halves;
 #pragma unroll
       for (int k = 0; k < 2 * halves; ++k) {
         best[k / 2][k % 2] = nothing_yet();
@@ -164,24 +174,24 @@ struct Consumer {
       shared.rows_full.wait(round % 2);
       start<0>(even, 0);
       // No branch between the start of a phase and the use of the one before, or ptxas serialises the products.
-      int p = 1;
+      uint32_t p = 1;
       for (; p + 1 < phases; p += 2) {
         start<other>(odd, p);
-        finish<0>(even, p - 1);
+        finish<0>(even, trailer, p - 1);
         start<0>(even, p + 1);
-        finish<other>(odd, p);
+        finish<other>(odd, trailer, p);
       }
       if (p < phases) {  // always so for two halves; said to be known, ptxas serialises after all
         start<other>(odd, p);
-        finish<0>(even, p - 1);
+        finish<0>(even, trailer, p - 1);
         drain(p);
-        finish<other>(odd, p);
+        finish<other>(odd, trailer, p);
       } else {
         drain(p - 1);
-        finish<0>(even, p - 1);
+        finish<0>(even, trailer, p - 1);
       }
-      step += (item.end - item.begin) * panels;
-      tiles += item.end - item.begin;
+      step += phases / halves * panels;
+      tiles += phases / halves;
 #pragma unroll
       for (int k = 0; k < 2 * halves; ++k)
         store_best(s, item.head, item.split * 4 + lane() % 4, item.first + row_of(k / 2, k % 2), best[k / 2][k % 2]);
@@ -217,7 +227,11 @@ __global__ void __launch_bounds__(threads90, 1) screen90(const Search s) {
     if (threadIdx.x == 0) produce(s, shared);
   } else {
     take_registers<240>();
-    Consumer<width, panels, halves, span> consumer{s, shared, warp() / 4 - 1, 0, 0, 0, {}, {}};
+    // From one lane: what is the same for a warp is then known to be, and descriptors are made by the uniform unit. For these
+    // widths it would spill registers.
+    constexpr bool spills = width * panels == 192 || width * panels > 256;
+    const int own = warp() / 4 - 1, group = spills ? own : __shfl_sync(~0u, own, 0);
+    Consumer<width, panels, halves, span> consumer{s, shared, group, 0, 0, 0, {}, {}};
     consumer.run();
   }
 #endif

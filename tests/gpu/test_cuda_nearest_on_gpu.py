@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gpu_data
 import pytest
 import torch
 from torch import Tensor
@@ -43,15 +44,12 @@ def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return name
 
 
-def search(x: Tensor, codes: Tensor, metric: str = "l2", precision: str = "exact") -> tuple[Tensor, Tensor]:
-    indices, score = nearest(x[None, None], codes[None], metric, precision, "native")
-    return indices[0, 0], score[0, 0]
+search = gpu_data.Search("native")
 
 
 def data(n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    x, codes = torch.randn(n, d), torch.randn(k, d)
-    x[::4] = codes[torch.randint(k, (len(x[::4]),))]
-    return x.to("cuda", dtype), codes.to("cuda", dtype)
+    x, codes = gpu_data.data(n, k, d, dtype)
+    return x.cuda(), codes.cuda()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

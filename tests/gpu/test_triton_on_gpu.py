@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU: the CPU's indices, no N x K, the same bits twice, CUDA graphs, and the bound itself.
+"""``nearest`` of the Triton backend on a GPU: the CPU's indices, no N x K, CUDA graphs, and the bound itself.
 
 Skipped without a CUDA device; tests/gpu_free covers the same kernels in Triton's interpreter.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gpu_data
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch import Tensor
 import vqkernels
 from vqkernels import _triton
 from vqkernels._triton import selftest
-from vqkernels.ops.nearest import nearest
 from vqkernels.testing import assert_nearest, tie_cases
 
 pytestmark = [
@@ -34,15 +34,12 @@ SHAPES = ((1, 1, 1), (3, 7, 2), (33, 100, 3), (257, 1000, 8), (100, 129, 12), (5
           (300, 1025, 256), (65, 300, 768))  # fmt: skip
 
 
-def search(x: Tensor, codes: Tensor, metric: str = "l2", precision: str = "exact") -> tuple[Tensor, Tensor]:
-    indices, score = nearest(x[None, None], codes[None], metric, precision, "triton")
-    return indices[0, 0], score[0, 0]
+search = gpu_data.Search("triton")
 
 
 def data(n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    x, codes = torch.randn(n, d), torch.randn(k, d)
-    x[::4] = codes[torch.randint(k, (len(x[::4]),))]
-    return x.to(DEVICE, dtype), codes.to(DEVICE, dtype)
+    x, codes = gpu_data.data(n, k, d, dtype)
+    return x.to(DEVICE), codes.to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -168,61 +165,6 @@ def test_capturing_before_the_first_search_is_a_clear_error() -> None:
     torch.cuda.synchronize()
 
 
-def test_a_captured_training_step_agrees_with_the_eager_one() -> None:
-    def module() -> vqkernels.VectorQuantizer:
-        torch.manual_seed(7)
-        return vqkernels.VectorQuantizer(64, 16, decay=0.9).to(DEVICE)
-
-    batches = torch.randn(6, 2, 16, 9, 5, device=DEVICE)
-    eager, graphed = module(), module()
-    losses = []
-    for batch in batches:
-        z = batch.clone().requires_grad_()
-        out = eager(z)
-        (out.quantized.square().mean() + out.loss).backward()
-        losses.append((out.loss.detach().clone(), z.grad))
-    static = batches[0].clone().requires_grad_()
-    start = {k: v.clone() for k, v in graphed.state_dict().items()}
-
-    def step() -> tuple[Tensor, Tensor]:
-        static.grad = None
-        out = graphed(static)
-        (out.quantized.square().mean() + out.loss).backward()
-        return out.loss, static.grad  # type: ignore[return-value]
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    static.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
-    with torch.no_grad():
-        for name, value in graphed.state_dict().items():
-            value.copy_(start[name])
-        for batch, (expected, dz) in zip(batches, losses, strict=True):
-            static.copy_(batch)
-            graph.replay()
-            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-            torch.testing.assert_close(gradient, dz, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(graphed.state_dict(), eager.state_dict(), rtol=1e-6, atol=1e-7)
-
-
-def test_a_training_step_takes_no_matrix_of_rows_and_codes() -> None:
-    vq = vqkernels.VectorQuantizer(16384, 8, decay=0.99, channel_dim=-1).to(DEVICE)
-    z = torch.randn(65536, 8, device=DEVICE, requires_grad=True)
-    for _ in range(2):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        out = vq(z)
-        (out.quantized.sum() + out.loss).backward()
-        peak = torch.cuda.max_memory_allocated() - before
-    assert peak < 200 * 2**20, f"{peak / 2**20:.0f} MiB; N x K floats are 4096"
-
-
 def test_cuda_graph_replays_the_search_on_new_values() -> None:
     x, codes = data(64, 500, 32)
     search(x, codes)
@@ -235,38 +177,3 @@ def test_cuda_graph_replays_the_search_on_new_values() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_nearest(indices.cpu(), x.cpu(), codes.cpu(), "l2", score.cpu())
-
-
-@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
-def test_a_compiled_training_step_agrees_with_the_cpu(gradient: str) -> None:
-    def step(z: Tensor, codebook: Tensor) -> Tensor:
-        out = vqkernels.vector_quantize(z, codebook, gradient=gradient)
-        return out.quantized.square().sum() + out.loss
-
-    z, codebook = torch.randn(100, 12), torch.randn(40, 12)
-    results = []
-    for device, function in (("cpu", step), (DEVICE, step), (DEVICE, torch.compile(step, fullgraph=True))):
-        a, b = (t.to(device).requires_grad_() for t in (z, codebook))
-        loss = function(a, b)
-        loss.backward()
-        results.append([t.detach().cpu() for t in (loss, a.grad, b.grad)])
-    for found in results[1:]:
-        torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-5)
-
-
-def test_moving_averages_agree_with_the_cpu() -> None:
-    results = []
-    for device in ("cpu", DEVICE):
-        torch.manual_seed(4)
-        vq = vqkernels.VectorQuantizer(16, 8, decay=0.9)
-        vq.to(device)
-        for _ in range(3):
-            out = vq(torch.randn(2, 8, 9, 5).to(device))
-        results.append((out.indices.cpu(), {k: v.cpu() for k, v in vq.state_dict().items()}))
-    assert results[0][0].equal(results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
-
-
-def test_asking_for_triton_gets_it() -> None:
-    x, codes = data(5, 7, 3)
-    assert vqkernels.explain("nearest", x, codes).splitlines()[0] == "nearest on cuda: triton"

@@ -6,41 +6,22 @@ interpreter truncates where GPUs round to nearest.
 
 from __future__ import annotations
 
+import gpu_data
 import pytest
 import torch
+from gpu_data import LAYOUTS, case, laid_out
 from torch import Tensor
 
 import vqkernels
 from vqkernels import _native, dispatch, ops
 
 DTYPES = (torch.float32, torch.float64, torch.float16)
-LAYOUTS = ("rows", "channel_first", "sliced")
+KINDS = tuple(kind for kind in gpu_data.KINDS if kind[0] in DTYPES)
 # H, B, S, D and K
 SIZES = ((1, 1, 1, 1, 1), (2, 3, 7, 5, 9), (1, 2, 33, 130, 3))
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values with other strides."""
-    if layout == "channel_first":
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "sliced":
-        return torch.stack([x, x + 1], -1)[..., 0]
-    return x
-
-
-def case(sizes: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, codes and indices of which some are -1."""
-    h, b, s, d, k = sizes
-    indices = torch.randint(-1, k, (h, b, s))
-    return (
-        laid_out(torch.randn(h, b, s, d).to(dtype), layout),
-        laid_out(torch.randn(h, k, d).to(dtype), layout),
-        indices,
-    )
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), KINDS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_lookup_gathers_and_converts(sizes: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     _, codes, indices = case(sizes, dtype, layout)
@@ -53,8 +34,7 @@ def test_lookup_gathers_and_converts(sizes: tuple[int, ...], dtype: torch.dtype,
             assert found.equal(expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), KINDS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_codebook_sum_equals_the_reference_to_the_bit(sizes: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     x, codes, indices = case(sizes, dtype, layout)
@@ -66,18 +46,55 @@ def test_codebook_sum_equals_the_reference_to_the_bit(sizes: tuple[int, ...], dt
 
 
 def test_codebook_sum_survives_collapse_and_codes_without_rows() -> None:
-    x = torch.randn(1, 1, 1300, 3)
-    indices = torch.where(torch.rand(1, 1, 1300) < 0.9, 4, torch.randint(-1, 40, (1, 1, 1300)))
-    for num_codes in (40, 1400):
+    n = 700
+    x = torch.randn(1, 1, n, 3)
+    indices = torch.where(torch.rand(1, 1, n) < 0.9, 4, torch.randint(-1, 40, (1, 1, n)))
+    assert int((indices == 4).sum()) > 2 * 256
+    for num_codes in (40, 130):
         found = ops.codebook_sum(x, indices, num_codes, "triton")
         expected = ops.codebook_sum(x, indices, num_codes, "reference")
-        assert int(found[1].max()) > 4 * 256
         assert found[0].equal(expected[0])
         assert found[1].equal(expected[1])
+    few = ops.codebook_sum(x[:, :, :9], indices[:, :, :9], 40, "triton")
+    assert few[0].equal(ops.codebook_sum(x[:, :, :9], indices[:, :, :9], 40, "reference")[0])
     nothing = ops.codebook_sum(x, torch.full_like(indices, -1), 7, "triton")
     assert not nothing[0].any()
     assert not nothing[1].any()
     assert not ops.codebook_sum(x[:, :, :0], indices[:, :, :0], 7, "triton")[0].any()
+
+
+@pytest.mark.parametrize(
+    "sizes", [(256,), (257,), (255, 1), (256, 256), (1, 300, 255, 0, 512, 513), (0, 0, 600)], ids=str
+)
+def test_chunks_of_neighbouring_codes_do_not_meet(sizes: tuple[int, ...]) -> None:
+    # Full chunks, broken ones and codes without rows beside each other, in two heads and around rows without a code.
+    one = torch.cat([torch.full((n,), code) for code, n in enumerate((*sizes, 5))])
+    one[-5:] = -1
+    indices = torch.stack([one[torch.randperm(len(one))] for _ in range(2)])[:, None]
+    x = torch.randn(2, 1, len(one), 2)
+    found = ops.codebook_sum(x, indices, len(sizes), "triton")
+    expected = ops.codebook_sum(x, indices, len(sizes), "reference")
+    assert found[0].equal(expected[0])
+    assert found[1].tolist() == [list(map(float, sizes))] * 2
+
+
+def test_keys_beyond_16_bits_sort_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vqkernels.ops.codebook_sum import triton as backend
+
+    sorted_as: list[torch.dtype] = []
+    sort = Tensor.sort
+    monkeypatch.setattr(Tensor, "sort", lambda self, **k: sorted_as.append(self.dtype) or sort(self, **k))
+
+    class Skipped:  # a program per code: too many for the interpreter
+        def __getitem__(self, grid: object) -> object:
+            return lambda *args, **kwargs: None
+
+    for num_codes in (2**15 - 1, 2**15):
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "_slot_owners", Skipped())
+            patch.setattr(backend, "_chunk_sums", Skipped())
+            backend.run(torch.ones(1, 1, 3, 1), torch.tensor([[[num_codes - 1, 0, -1]]]), num_codes)
+    assert sorted_as == [torch.int16, torch.int32]
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
@@ -88,7 +105,7 @@ def test_quantize_grad_agrees_with_the_reference(sizes: tuple[int, ...], dtype: 
         z, codes, indices = case(sizes, dtype, layout)
         grad = laid_out(torch.randn(z.shape), layout)
         commitment = torch.tensor(0.3)
-        for channel_first in (False, True):
+        for channel_first in (layout == "channel_first",) if layout != "rows" else (False, True):
             found = ops.quantize_grad(grad, z, codes, indices, commitment, gradient, channel_first, "triton")
             expected = ops.quantize_grad(grad, z, codes, indices, commitment, gradient, channel_first, "reference")
             assert found.stride() == expected.stride()
@@ -103,7 +120,7 @@ def test_quantize_output_agrees_with_the_reference(sizes: tuple[int, ...], dtype
     for layout in LAYOUTS if sizes[2] < 100 else LAYOUTS[:1]:
         z, codes, indices = case(sizes, dtype, layout)
         distance = torch.rand(indices.shape) if measured else None
-        for channel_first in (False, True):
+        for channel_first in (layout == "channel_first",) if layout != "rows" else (False, True):
             given = (z, codes.float(), indices, distance, True, channel_first)
             found, again = (ops.quantize_output(*given, "triton") for _ in range(2))
             expected = ops.quantize_output(*given, "reference")

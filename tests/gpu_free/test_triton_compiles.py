@@ -21,6 +21,7 @@ from launches import Launch, compiled, recorded, resources
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
+from vqkernels import _triton
 from vqkernels._triton import interpreted, selftest
 from vqkernels.ops.codebook_sum import triton as codebook_sum
 from vqkernels.ops.ema_update import triton as ema_update
@@ -85,6 +86,9 @@ def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
             quantize_output.run(z, codes, indices, distance, True, channel_first)
         ema_update.run(counts, state, state, counts, state, 0.99, 1e-5, channel_first)
     codebook_sum.run(z, indices, codes.shape[1])
+    # Rows for several chunks, and keys beyond 16 bits.
+    many = torch.zeros(1, 1, 300, z.shape[-1], dtype=z.dtype)
+    codebook_sum.run(many, torch.zeros(1, 1, 300, dtype=torch.int64), 2**15)
 
 
 def test_every_kernel_of_the_package_is_launched() -> None:
@@ -190,6 +194,22 @@ def test_launches_of_the_epilogue_are_two() -> None:
     with recorded() as found:
         quantize_output.run(z, codes, indices, torch.zeros(1, 1, 50), False, False)
     assert [launch.fn.__name__ for launch in found] == ["_output", "_finish"]
+
+
+@pytest.mark.parametrize(("n", "k"), [(256, 300), (257, 300), (5000, 40000)])
+def test_launches_of_the_codebook_update_are_counted(n: int, k: int) -> None:
+    z, indices = torch.zeros(1, 1, n, 20), torch.zeros(1, 1, n, dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch, recorded() as found, Operators() as operators:
+        patch.setattr(_triton, "check_indices", lambda *args: None)  # for CPU tensors only
+        codebook_sum.run(z, indices, k)
+    merged = ["_merge_chunks"] if n > 256 else []
+    assert [launch.fn.__name__ for launch in found] == ["_row_keys", "_slot_owners", "_chunk_sums", *merged]
+    assert set(operators.names) - {"empty", "fill_"} == {"sort"}
+    size, state = torch.zeros(1, k), torch.zeros(1, k, 2)
+    with recorded() as found, Operators() as operators:
+        ema_update.run(size, state, state, size, state, 0.99, 1e-5, False)
+    assert [launch.fn.__name__ for launch in found] == ["_sizes", "_update"]
+    assert set(operators.names) <= {"empty", "fill_"}
 
 
 def jit_functions() -> list[Any]:

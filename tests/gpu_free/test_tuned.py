@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqkernels import tuned
+from vqkernels import dispatch, tuned
 from vqkernels.cli import main, tune
 
 
@@ -23,11 +23,16 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 def test_shipped_files_are_whole_and_name_what_was_verified() -> None:
     for path in tuned.folder().glob("*.json"):
-        device = json.loads(path.read_text())["device"]
+        content = json.loads(path.read_text())
+        device = content["device"]
         assert path.stem == tuned.slug(device)
+        assert content["schema"] == tuned.SCHEMA
+        for op in dispatch.OPS:
+            assert "auto" not in content or tuned.choice(device, op, 65536, 16384, 256) is not None
         assert set(tuned.load(device)) <= set(tuned.HEURISTIC)
-        record = tuned.verified(device)
-        assert record is None or {"commit", "date", "torch", "triton"} <= set(record)
+        # Of kernels that have changed since, perhaps: then it only says what was.
+        record = content.get("verified")
+        assert record is None or {"commit", "date", "torch", "triton", "sources"} <= set(record)
         assert device in (tuned.folder().parents[1] / "docs" / "gpu.md").read_text(), "say so in docs/gpu.md"
     assert tuned.load("no such GPU") == {}
     assert tuned.verified("no such GPU") is None

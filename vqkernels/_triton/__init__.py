@@ -54,13 +54,10 @@ def unavailable(device: str) -> str | None:
 
 
 def held_back(device: torch.device) -> str | None:
-    """Why these kernels are not chosen on a device unless asked for: no green `make gpu` is on record for its kind."""
+    """Why these kernels are not chosen on a device unless asked for: no green `make gpu` speaks for them."""
     if device.type != "cuda":
         return "the interpreter is for tests"
-    name = torch.cuda.get_device_name(device)
-    if tuned.verified(name) is None:
-        return f"not verified on {name} (a green `make gpu` there writes vqkernels/tuned/{tuned.slug(name)}.json)"
-    return None
+    return tuned.untrusted(tuned.device_name(device), "triton", tuned.triton_sources())
 
 
 def unsupported_dtype(dtypes: tuple[torch.dtype, ...], **tensors: Tensor | torch.dtype) -> str | None:

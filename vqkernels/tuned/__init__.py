@@ -1,33 +1,38 @@
-"""Launch configurations: measured ones from ``<device>.json`` beside this file, else a heuristic.
+"""What was found on kinds of GPU, in ``<device>.json`` beside this file: how to launch, which backend, the proof.
 
 Called by ``ops/<op>/triton.py`` and ``dispatch``; written by ``vqkernels tune`` and `make gpu`. Nothing has been
-measured yet, so no file is shipped and every configuration comes from the heuristic.
+measured yet, so no file is shipped: configurations come from the heuristic below, and nothing is chosen by a table.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
-import json
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vqkernels.tuned.files import SCHEMA, device_name, files_of, folder, slug, user_folder
+from vqkernels.tuned.record import digest, triton_sources, untrusted, verified
+from vqkernels.tuned.table import Choice, choice
+
 __all__ = [
     "HEURISTIC",
+    "SCHEMA",
     "Choice",
     "Config",
     "choice",
     "clear_cache",
+    "device_name",
+    "digest",
     "folder",
     "load",
     "nearest_config",
     "override",
     "slug",
+    "triton_sources",
+    "untrusted",
     "user_folder",
     "verified",
 ]
@@ -70,36 +75,10 @@ HEURISTIC: dict[int, Config] = {
 }
 
 
-def slug(device_name: str) -> str:
-    """A device's name as a file name: ``"NVIDIA H200"`` is ``nvidia-h200``."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-
-
-def folder() -> Path:
-    """Where shipped files lie."""
-    return Path(__file__).parent
-
-
-def user_folder() -> Path:
-    """Where ``vqkernels tune`` writes unless told otherwise; read before the shipped files."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("VQKERNELS_TUNED") or Path(base) / "vqkernels" / "tuned")
-
-
-@functools.cache
-def _content(device_name: str) -> tuple[Path, dict[str, Any]] | None:
-    for place in (user_folder(), folder()):
-        path = place / f"{slug(device_name)}.json"
-        if path.is_file():
-            content = json.loads(path.read_text())
-            _parse(path, content)
-            return path, content
-    return None
-
-
 def clear_cache() -> None:
     """Read the files again."""
-    _content.cache_clear()
+    for function in (device_name, files_of, choice, untrusted, triton_sources):
+        function.cache_clear()
 
 
 def load(device_name: str) -> dict[int, Config]:
@@ -111,66 +90,8 @@ def load(device_name: str) -> dict[int, Config]:
     Raises:
         ValueError: a file is there and is not what ``vqkernels tune`` writes.
     """
-    found = _content(device_name)
-    return {} if found is None else _parse(*found)
-
-
-def verified(device_name: str) -> dict[str, str] | None:
-    """Commit, date and versions of the green `make gpu` on this kind of GPU, or ``None`` if none is on record.
-
-    With it, ``backend="auto"`` chooses the Triton kernels there.
-    """
-    found = _content(device_name)
-    record = None if found is None else found[1].get("verified")
-    return record if isinstance(record, dict) else None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The fastest backend for a call, and what it was measured against.
-
-    Attributes:
-        backend: its name.
-        milliseconds: of every backend that was measured, by name.
-        rule: the sizes that the measurement stands for.
-    """
-
-    backend: str
-    milliseconds: dict[str, float]
-    rule: str
-
-    @property
-    def why(self) -> str:
-        """For :func:`vqkernels.explain`."""
-        times = ", ".join(f"{name} {ms:g} ms" for name, ms in sorted(self.milliseconds.items(), key=lambda p: p[1]))
-        return f"measured for {self.rule or 'every size'}: {times}"
-
-
-def choice(device_name: str, op: str, rows: int, codes: int, dim: int) -> Choice | None:
-    """The measured table's choice for a call, or ``None`` if there is no table, or nothing in it about such sizes.
-
-    The file of a device may have ``"auto": {op: [rule, ...]}``; the first rule that fits counts. A rule has
-    ``"backend"``, ``"milliseconds": {backend: ms}``, and bounds ``"rows"``, ``"codes"`` and ``"dim"``, each
-    ``[least, most]`` and none of them obligatory.
-
-    Raises:
-        ValueError: the table is not what it should be.
-    """
-    found = _content(device_name)
-    if found is None:
-        return None
-    path, content = found
-    sizes = {"rows": rows, "codes": codes, "dim": dim}
-    try:
-        for rule in content.get("auto", {}).get(op, []):
-            bounds = {name: rule[name] for name in sizes if name in rule}
-            if all(least <= sizes[name] <= most for name, (least, most) in bounds.items()):
-                times = {str(name): float(ms) for name, ms in rule["milliseconds"].items()}
-                text = ", ".join(f"{least} to {most} {name}" for name, (least, most) in bounds.items())
-                return Choice(str(rule["backend"]), times, text)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f'{path}: the table "auto" for {op} is malformed ({e!r}); remove it') from e
-    return None
+    parsed = (_parse(file.path, file.content) for file in files_of(device_name))
+    return next((table for table in parsed if table), {})
 
 
 def _parse(path: Path, content: Any) -> dict[int, Config]:

@@ -73,7 +73,7 @@ def _plan(x: Tensor, codebook: Tensor) -> _Plan:
     h, b, s, d = x.shape
     split = d <= SPLIT_DIMS
     wanted = max(16, _triton.power_of_two(3 * d if split else d))
-    config = tuned.nearest_config(wanted, torch.cuda.get_device_name(x.device) if x.is_cuda else "")
+    config = tuned.nearest_config(wanted, tuned.device_name(x.device) if x.is_cuda else "")
     # Few rows: no more of them in a tile than there are, in the sizes that tensor cores have instructions for.
     config = config.with_rows(16 if b * s <= 16 else 64 if b * s <= 64 else config.block_m)
     block_d = min(config.block_d, wanted)
