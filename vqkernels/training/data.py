@@ -249,18 +249,38 @@ class Crops(torch.utils.data.Dataset[Tensor]):
         seed: of the run.
         shuffle_channels: share of the crops whose colour channels are permuted, so that a few photographs teach many
             hues.
+        sizes: draw the side from these, once per batch; default: ``size``.
+        batch_size: crops that share a side.
     """
 
-    def __init__(self, images: ImageSet, size: int, seed: int, shuffle_channels: float = 0.0) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        size: int,
+        seed: int,
+        shuffle_channels: float = 0.0,
+        sizes: Sequence[int] | None = None,
+        batch_size: int = 1,
+    ) -> None:
         self.images, self.size, self.seed, self.shuffle_channels = images, size, seed, shuffle_channels
+        self.sizes, self.batch_size = sizes, batch_size
+
+    def side(self, step: int) -> int:
+        """Side of the crops of a step, counted from 0."""
+        if self.sizes is None:
+            return self.size
+        # A stream of its own: no crop has a number this large.
+        random = np.random.Generator(np.random.Philox(key=[self.seed, 2**63 + step]))
+        return int(self.sizes[int(random.integers(len(self.sizes)))])
 
     def __getitem__(self, index: int) -> Tensor:
         """Crop number ``index`` as uint8 (3, size, size)."""
+        size = self.side(index // self.batch_size)
         random = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         pixels = self.images[int(random.integers(len(self.images)))]
-        top = int(random.integers(pixels.shape[0] - self.size + 1))
-        left = int(random.integers(pixels.shape[1] - self.size + 1))
-        crop = pixels[top : top + self.size, left : left + self.size]
+        top = int(random.integers(pixels.shape[0] - size + 1))
+        left = int(random.integers(pixels.shape[1] - size + 1))
+        crop = pixels[top : top + size, left : left + size]
         if random.integers(2):
             crop = crop[:, ::-1]
         if random.random() < self.shuffle_channels:
