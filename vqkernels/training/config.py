@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from vqkernels.models import DiscriminatorConfig, VQGANConfig, VQGANLossConfig, VQVAE2Config, VQVAEConfig
 from vqkernels.models.presets import PRESETS, ModelConfig, config_of
+from vqkernels.training.recipes import recipe
 from vqkernels.training.suggest import unknown_key
 
 __all__ = ["FREE_ON_RESUME", "TrainConfig", "TrainingError", "require"]
@@ -33,6 +35,20 @@ FREE_ON_RESUME = frozenset(
     {"output", "steps", "device", "backend", "threads", "tensorboard", "eval_every", "log_every", "checkpoint_every"}
     | {"workers"}
 )
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, tables in tables merged.
+
+    Example:
+        >>> merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": 4}})
+        {'a': {'b': 1, 'c': 4}, 'd': 3}
+    """
+    found = dict(base)
+    for name, value in changes.items():
+        old = found.get(name)
+        found[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return found
 
 
 class TrainingError(Exception):
@@ -250,7 +266,7 @@ class TrainConfig:
         self._check_keys("model_options", self.model_options, type(PRESETS[preset]))
         changes = dict(self.model_options)
         if isinstance(changes.get("quantizer"), dict):  # some of its options
-            changes["quantizer"] = PRESETS[preset].quantizer | changes["quantizer"]
+            changes["quantizer"] = merged(PRESETS[preset].quantizer, changes["quantizer"])
         return config_of(preset, **changes)
 
     @staticmethod
@@ -324,6 +340,24 @@ class TrainConfig:
         """Plain values, for json."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
+
+    @classmethod
+    def from_preset(cls, preset: str | None = None, **changes: Any) -> TrainConfig:
+        """The recipe of a preset (:mod:`vqkernels.training.recipes`), with some fields changed.
+
+        Args:
+            preset: a name of ``vqkernels.models.PRESETS``, or None for the demo.
+            changes: fields; tables (``loss``, ``model_options``, ...) are merged key by key.
+
+        Raises:
+            TrainingError: a name is unknown, or a value is out of range.
+
+        Example:
+            >>> config = TrainConfig.from_preset("llamagen-vq16", loss={"lecam": 0.1})
+            >>> config.batch_size, config.loss["adversarial_weight"], config.loss["lecam"]
+            (128, 0.5, 0.1)
+        """
+        return cls.from_dict(merged({"preset": preset, **recipe(preset)}, changes))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> TrainConfig:

@@ -270,7 +270,8 @@ class Crops(torch.utils.data.Dataset[Tensor]):
         if self.sizes is None:
             return self.size
         # A stream of its own: no crop has a number this large.
-        random = np.random.Generator(np.random.Philox(key=[self.seed, 2**63 + step]))
+        key = np.array([self.seed, 2**63 + step], dtype=np.uint64)  # a list of both would become float64
+        random = np.random.Generator(np.random.Philox(key=key))
         return int(self.sizes[int(random.integers(len(self.sizes)))])
 
     def __getitem__(self, index: int) -> Tensor:

@@ -80,16 +80,18 @@ def _load_images(config: TrainConfig) -> data.Split:
 
 
 class _StepBatches(torch.utils.data.Sampler[list[int]]):
-    """Numbers of the crops of every step; a process takes its share of each step's batch."""
+    """Numbers of the crops of every step; a process takes its share of each micro-batch, whatever their number is."""
 
-    def __init__(self, start: int, stop: int, batch_size: int, rank: int, world: int) -> None:
-        self.start, self.stop, self.batch_size = start, stop, batch_size
-        self.share, self.rank = batch_size // world, rank
+    def __init__(self, start: int, config: TrainConfig, rank: int, world: int) -> None:
+        self.start, self.config, self.rank = start, config, rank
+        self.part = config.batch_size // config.accumulate
+        self.share = self.part // world
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.stop):
-            first = step * self.batch_size + self.rank * self.share
-            yield list(range(first, first + self.share))
+        for step in range(self.start, self.config.steps):
+            first = step * self.config.batch_size + self.rank * self.share
+            starts = range(first, first + self.config.batch_size, self.part)
+            yield [number for start in starts for number in range(start, start + self.share)]
 
 
 class _Run:
@@ -118,7 +120,7 @@ class _Run:
         except (ValueError, TypeError) as e:
             raise TrainingError(str(e)) from e
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.init_from is not None and not resume:
+        if config.init_from is not None and not (resume and folder.checkpoint.exists()):
             start.load_weights_of(config.init_from, self.model)
         self.stepper = make_step(config, self.model, self.accelerator)
         self.window = metrics.Window(self.model.streams, self.device, self.stepper.terms)
@@ -182,6 +184,7 @@ class _Run:
 
     def _save(self) -> None:
         self.window.reduce(self.accelerator)
+        self._stop_if(self.main and not bool(self.window.sums.isfinite().all()))
         if not self.main:
             return
         tensors = self.stepper.tensors() | self.window.tensors()
@@ -211,7 +214,7 @@ class _Run:
                 config.sizes,
                 config.batch_size,
             ),
-            batch_sampler=_StepBatches(self.step, config.steps, config.batch_size, self.rank, self.world),
+            batch_sampler=_StepBatches(self.step, config, self.rank, self.world),
             num_workers=config.workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -250,10 +253,11 @@ class _Run:
                 file=sys.stderr,
             )
         stopping = self._agree(interrupt.requested)
-        if self.step % config.checkpoint_every == 0 or last or stopping:
-            self._save()
+        # Before the checkpoint: whoever resumes from it must find the best model of the evaluations that it knows of.
         if evaluated and not last and self.main:
             self._write_results(finished=False)
+        if self.step % config.checkpoint_every == 0 or last or stopping:
+            self._save()
         self.accelerator.wait_for_everyone()
         if stopping and not last:
             raise Interrupted(
@@ -263,19 +267,16 @@ class _Run:
 
     def _agree(self, requested: bool) -> bool:
         """Whether to stop now; with several processes all find out at the same step."""
-        if self.world == 1:
-            return requested
-        if self.step % self.config.log_every:
+        if self.world > 1 and self.step % self.config.log_every:
             return False
-        votes = self.accelerator.reduce(torch.tensor(float(requested), device=self.device), "sum")
-        return bool(votes.item())
+        return self._any(requested)
 
     def _log(self, progress: Any, board: Any) -> None:
         self.window.reduce(self.accelerator)
-        failed = torch.zeros((), device=self.device)
+        failed = False
         if self.main:
             line = {"step": self.step, **self.window.take()}
-            failed += float(not math.isfinite(line["loss"]))
+            failed = not math.isfinite(line["loss"])
             self.history["train"].append(line)
             for warning in warnings_of(self.history["train"], self.warnings):
                 self.warnings.append(warning)
@@ -285,13 +286,20 @@ class _Run:
                 f"recon {line['reconstruction']:.4f}, commit {line['commitment']:.4f}, "
                 f"PSNR {line['psnr']:.1f} dB, usage {line['usage']:.0%}, perplexity {line['perplexity']:.0f}"
             )
-        if self.world > 1:
-            failed = self.accelerator.reduce(failed, "sum")
-        if failed.item():
+        self._stop_if(failed)
+
+    def _stop_if(self, failed: bool) -> None:
+        """Raise in all processes if the main one has seen a loss that is not finite."""
+        if self._any(failed):
             kept = (
                 f"; the checkpoint {self.folder.checkpoint} is from before" if self.folder.checkpoint.exists() else ""
             )
             raise TrainingError(f"the loss is not finite at step {self.step}: try --lr below {self.config.lr}{kept}")
+
+    def _any(self, here: bool) -> bool:
+        if self.world == 1:
+            return here
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.device), "sum").item())
 
     # TensorBoard
 

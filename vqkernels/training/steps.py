@@ -43,6 +43,8 @@ class PlainStep:
 
     terms: tuple[str, ...] = metrics.TERMS
     betas = (0.9, 0.95)
+    # Whether a second player looks at images and reconstructions after the model's step.
+    adversarial = False
 
     def __init__(self, config: TrainConfig, model: TokenModel, accelerator: Any) -> None:
         self.config, self.model, self.accelerator = config, model, accelerator
@@ -54,7 +56,11 @@ class PlainStep:
     @property
     def evaluated(self) -> TokenModel:
         """The model to evaluate and to save: the moving average if there is one."""
-        return self.model if self.average is None else self.average.module
+        if self.average is None:
+            return self.model
+        module = self.average.module
+        assert isinstance(module, TokenModel)
+        return module
 
     def prepare(self) -> None:
         """Wrap for the device, precision and processes; after this nothing is restored."""
@@ -113,7 +119,8 @@ class PlainStep:
                     counts, metrics.count_codes(out.quantizer.indices, self.model.streams), strict=True
                 ):
                     mine += new
-                seen.append((part, out.reconstruction.detach()))
+                if self.adversarial:
+                    seen.append((part, out.reconstruction.detach()))
         self._finish(self.model, self.prepared)
         if self.average is not None:
             self.average.update_parameters(self.model)
@@ -155,11 +162,14 @@ class PlainStep:
 class LossStep(PlainStep):
     """The losses of :class:`vqkernels.models.VQGANLoss` without a discriminator."""
 
-    terms = (*metrics.TERMS, "l1", "l2", "ms_ssim", "perceptual", "quantizer")
+    terms: tuple[str, ...] = (*metrics.TERMS, "l1", "l2", "ms_ssim", "perceptual", "quantizer")
     critic: torch.nn.Module | None = None
 
     def __init__(self, config: TrainConfig, model: TokenModel, accelerator: Any) -> None:
         super().__init__(config, model, accelerator)
+        last_layer = model.last_layer
+        assert isinstance(last_layer, Tensor)
+        self.last_layer = last_layer
         try:
             self.loss = VQGANLoss(config.loss_config).to(accelerator.device)
         except FileNotFoundError as e:
@@ -167,7 +177,8 @@ class LossStep(PlainStep):
 
     def _loss(self, images: Tensor, out: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            total, terms = self.loss.generator(images, out, self.critic, self.model.last_layer, step)
+            with self.accelerator.autocast():
+                total, terms = self.loss.generator(images, out, self.critic, self.last_layer, step)
         except (ImportError, ValueError) as e:
             raise TrainingError(f"loss: {e}") from e
         terms["loss"] = terms.pop("total")
@@ -177,7 +188,8 @@ class LossStep(PlainStep):
 class AdversarialStep(LossStep):
     """A generator step, then, from ``discriminator_start`` on, a step of the discriminator on the same images."""
 
-    terms = (
+    adversarial = True
+    terms: tuple[str, ...] = (
         *LossStep.terms, "adversarial", "adaptive_weight", "discriminator", "logits_real", "logits_fake", "r1", "lecam",
     )  # fmt: skip
     # Momentum makes two players overshoot: taming's choice.

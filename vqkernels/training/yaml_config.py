@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqkernels.training.config import TrainConfig, TrainingError, require
+from vqkernels.training.config import TrainConfig, TrainingError, merged, require
+from vqkernels.training.recipes import recipe
 from vqkernels.training.suggest import unknown_key
 
 __all__ = ["merge_options"]
@@ -29,10 +30,16 @@ def merge_options(
     Raises:
         TrainingError: the file cannot be read, or a name is unknown; the message names the nearest one.
     """
+    values = {**_read(base, file, settings), **flags}
+    # A resumed run has its recipe in its config already.
+    return values if base else merged(recipe(values.get("preset")), values)
+
+
+def _read(base: Mapping[str, Any], file: str | None, settings: Sequence[str]) -> dict[str, Any]:
     if file is None and not settings:
-        return {**base, **flags}
+        return dict(base)
     omega = require("omegaconf").OmegaConf
-    merged = omega.create(dict(base))
+    tree = omega.create(dict(base))
     try:
         if file is not None:
             loaded = omega.load(file)
@@ -40,14 +47,14 @@ def merge_options(
                 raise TrainingError(f"config {file} is no table of options")
             loaded.pop("format", None)  # of a run's config.json
             _check(omega.to_container(loaded), f"config {file}: ")
-            merged = omega.merge(merged, loaded)
+            tree = omega.merge(tree, loaded)
         for setting in settings:
             name, separator, _ = setting.partition("=")
             if not separator or not name:
                 raise TrainingError(f"--set {setting}: expected NAME=VALUE")
             _check({name.partition(".")[0]: None}, "--set: ")
-        merged = omega.merge(merged, omega.from_dotlist(list(settings)))
-        values = omega.to_container(merged, resolve=True)
+        tree = omega.merge(tree, omega.from_dotlist(list(settings)))
+        values: dict[str, Any] = omega.to_container(tree, resolve=True)
     except TrainingError:
         raise
     except FileNotFoundError as e:
@@ -55,7 +62,7 @@ def merge_options(
     except Exception as e:  # yaml's and OmegaConf's own types
         where = f"config {file}" if file is not None else "--set"
         raise TrainingError(f"{where} cannot be read ({Path(file).suffix if file else 'YAML'}): {e}") from e
-    return {**values, **flags}
+    return values
 
 
 def _check(values: Mapping[str, Any], where: str) -> None:
