@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import torch
 from PIL import Image
 
@@ -71,6 +72,8 @@ def test_numbers_are_what_they_say(report: tuple[dict[str, Any], Path], folders:
         assert image["mse"] == pytest.approx(mse, rel=1e-4)
         assert image["psnr"] == pytest.approx(-10 * math.log10(mse), abs=1e-3)
     assert found["quality"]["mse"]["mean"] == pytest.approx(np.mean(errors), rel=1e-4)
+    detail = [image["sharpness"] for image in found["images"] if "sharpness" in image]
+    assert found["quality"]["sharpness"]["mean"] == pytest.approx(np.mean(detail))
     (stream,) = found["streams"]
     assert sum(stream["counts"][0]) == 9 * 256
     assert np.abs(np.array(stream["counts"][0]) - counts.numpy()).sum() <= 4  # threads differ, so may near ties
@@ -95,6 +98,9 @@ def test_the_page_opens_offline_and_compares_side_by_side(report: tuple[dict[str
     for found in report[0]["models"]:
         assert f"{found['quality']['psnr']['mean']:.2f}" in page
     assert "rFID is not shown" in page
+    sharp = [found["quality"]["sharpness"]["mean"] for found in report[0]["models"]]
+    best = min(sharp, key=lambda value: abs(math.log(value)))  # near to 1, not large
+    assert f'<td class="best">{best:.3f}</td>' in page.partition("<td>sharpness</td>")[2].partition("</tr>")[0]
 
 
 def test_spread_over_seeds(report: tuple[dict[str, Any], Path]) -> None:
@@ -196,6 +202,40 @@ def test_frechet_distance_equals_the_textbook_formula() -> None:
     assert quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
     with pytest.raises(ValueError, match="at least two"):
         quality.frechet_distance(a[:1], b)
+
+
+def blurred(image: np.ndarray, sigma: float) -> torch.Tensor:
+    return torch.from_numpy(np.stack([scipy.ndimage.gaussian_filter(c, sigma, mode="nearest") for c in image]))
+
+
+def test_sharpness_falls_with_blur_and_equals_the_formula() -> None:
+    source = open_source(None)
+    for number in (0, 2, 7, 13):
+        image = source.load(number).transpose(2, 0, 1)[:, 50:210, 40:240] / 255.0
+        original = torch.from_numpy(image)
+        values = [quality.sharpness(original, blurred(image, sigma)) for sigma in (0.3, 0.6, 1.0, 2.0, 4.0)]
+        assert all(v is not None for v in values)
+        assert values == sorted(values, reverse=True)  # type: ignore[type-var]
+        assert values[0] is not None
+        assert values[-1] is not None
+        assert values[0] < 1
+        assert values[-1] < 0.02
+        assert quality.sharpness(original, original) == 1
+        mask = original + 0.5 * (original - blurred(image, 1.0))  # unsharp masking
+        assert (quality.sharpness(original, mask) or 0) > 1.2
+        # OpenCV's and scipy's Laplacian, of the grey image
+        grey = [np.tensordot([0.299, 0.587, 0.114], x, 1) for x in (image, blurred(image, 1.0).numpy())]
+        variance = [scipy.ndimage.laplace(x)[1:-1, 1:-1].var() for x in grey]
+        assert values[2] == pytest.approx(variance[1] / variance[0], rel=1e-10)
+
+
+def test_sharpness_of_an_image_without_detail_is_left_out() -> None:
+    ramp = torch.linspace(0, 1, 50).expand(3, 50, 50)
+    assert quality.sharpness(ramp, ramp) is None
+    assert quality.sharpness(torch.rand(3, 2, 9), torch.rand(3, 2, 9)) is None
+    found = quality.ImageMetrics(torch.device("cpu"))(ramp, ramp)
+    assert "sharpness" not in found
+    assert found["psnr"] == 100
 
 
 def test_curve_statistics_see_a_divergence() -> None:

@@ -237,8 +237,11 @@ def test_data_sets_on_disk(model: str, photographs: str, tmp_path: Path) -> None
         assert len(found) == 5
         wanted = wanted or found
         assert all(a.equal(b) for a, b in zip(found, wanted, strict=True)), images
-    with pytest.raises(TrainingError, match="no column 'image'; it has 'picture'"):
-        tokenize(TokenizeConfig(model, str(tmp_path / "saved"), str(tmp_path / "x")), say=quiet)
+        default = tokenize(TokenizeConfig(model, str(tmp_path / images), str(tmp_path / f"d-{images}")), say=quiet)
+        assert default is not None  # the only column of images need not be named
+        assert default["shards"] == manifest["shards"]
+    with pytest.raises(TrainingError, match="no column 'photo'; it has 'picture'"):
+        tokenize(TokenizeConfig(model, str(tmp_path / "saved"), str(tmp_path / "x"), column="photo"), say=quiet)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
