@@ -58,7 +58,9 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
     (
         "data",
         (
-            ("data", str, "folder of images, searched recursively (default: built-in photographs)"),
+            ("data", str, "folder of images, or of parquet, arrow or tar shards (default: built-in photographs)"),
+            ("column", str, "of a data set, with the images"),
+            ("split", str, "of a data set"),
             ("image-size", int, "side of the training crops in pixels"),
             ("resize", int, "first bring the shorter side of every image to this (default: keep the pixels)"),
             ("held-out", float, "share of the images in --data kept for evaluation"),
@@ -154,6 +156,11 @@ def add_parser(subparsers: Subparsers) -> None:
                 metavar=METAVARS.get(name, METAVARS[kind]),
                 default=argparse.SUPPRESS,
             )
+        if title == "data":
+            group.add_argument(
+                "--streaming", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                help="read shards in pieces, each image once per epoch: for data sets too large to list",
+            )  # fmt: skip
         if title == "codebook":
             group.add_argument(
                 "--gradient-codebook", dest="decay", action="store_const", const=None, default=argparse.SUPPRESS,
@@ -182,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     from vqkernels.training.run_folder import RunFolder
     from vqkernels.training.yaml_config import merge_options
 
-    names = {name.replace("-", "_") for _, options in GROUPS for name, _, _ in options} | {"tensorboard"}
+    names = {name.replace("-", "_") for _, options in GROUPS for name, _, _ in options} | {"tensorboard", "streaming"}
     given = {name: value for name, value in vars(args).items() if name in names}
     try:
         if args.resume:

@@ -90,7 +90,11 @@ class TrainConfig:
         accumulate: micro-batches per step; the codebook's statistics are pooled over them.
         clip: largest norm of the gradient, of the generator and the discriminator each; None does not clip.
         sizes: sides of crops, one of which is drawn for every step; None: always ``image_size``.
-        data: folder of images, or None for the photographs that ship with scikit-image and scikit-learn.
+        data: folder of images, of parquet, arrow or WebDataset tar files, or one written by ``datasets.save_to_disk``;
+            None: the photographs that ship with scikit-image and scikit-learn.
+        column, split: of a data set: where its images are, and which part of it is used.
+        streaming: read shards in pieces, each image once per epoch, instead of drawing images by number: for data sets
+            too large to list.
         output: run folder.
         image_size: side of the training crops in pixels, a multiple of ``downsample``.
         resize: bring the shorter side of every image to this many pixels first; None keeps the pixels.
@@ -130,6 +134,9 @@ class TrainConfig:
     clip: float | None = None
     sizes: tuple[int, ...] | None = None
     data: str | None = None
+    column: str = "image"
+    split: str = "train"
+    streaming: bool = False
     output: str = "runs/demo"
     image_size: int = 64
     resize: int | None = None

@@ -23,6 +23,7 @@ from vqkernels.training.process import Interrupt, make_accelerator, process_sett
 from vqkernels.training.results import write_results
 from vqkernels.training.run_folder import RunFolder
 from vqkernels.training.steps import make_step
+from vqkernels.training.training_images import open_training_images
 from vqkernels.training.watch import warnings_of
 
 __all__ = ["Interrupted", "train"]
@@ -73,12 +74,6 @@ def train(
             return run.train(interrupt)
 
 
-def _load_images(config: TrainConfig) -> data.Split:
-    if config.data is None:
-        return data.built_in_photographs(config.largest, config.resize)
-    return data.image_folder(config.data, config.largest, config.resize, config.held_out)
-
-
 class _StepBatches(torch.utils.data.Sampler[list[int]]):
     """Numbers of the crops of every step; a process takes its share of each micro-batch, whatever their number is."""
 
@@ -112,7 +107,12 @@ class _Run:
                 f"batch_size is {config.batch_size}; expected a multiple of the {self.world} processes{parts}"
             )
         self.device: torch.device = self.accelerator.device
-        self.images = _load_images(config)
+        part = config.batch_size // config.accumulate  # of which every process makes its share
+        self.images = open_training_images(
+            config.data, image_size=config.largest, resize=config.resize, held_out=config.held_out,
+            column=config.column, split=config.split, streaming=config.streaming, seed=config.seed, batch_size=part,
+            rank=self.rank, world=self.world,
+        )  # fmt: skip
         self._report_images()
         seed_step(config.seed, 0)
         try:
@@ -206,14 +206,7 @@ class _Run:
         config, tqdm = self.config, require("tqdm").tqdm
         self.began = time.perf_counter()
         loader = torch.utils.data.DataLoader(
-            data.Crops(
-                self.images.train,
-                config.image_size,
-                config.seed,
-                config.shuffled_share,
-                config.sizes,
-                config.batch_size,
-            ),
+            data.Crops(self.images.train, self._sides(), config.seed, config.shuffled_share),
             batch_sampler=_StepBatches(self.step, config, self.rank, self.world),
             num_workers=config.workers,
             pin_memory=self.device.type == "cuda",
@@ -228,6 +221,10 @@ class _Run:
                 progress.update()
                 self._after_step(interrupt, progress, board)
         return self._finish()
+
+    def _sides(self) -> int | data.StepSides:
+        config = self.config
+        return data.StepSides(config.sizes, config.seed, config.batch_size) if config.sizes else config.image_size
 
     def _step(self, batch: Tensor) -> None:
         seed_step(self.config.seed, self.step + 1)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vqkernels.models import TokenModel, TokenStream
 from vqkernels.nn import statistics
+from vqkernels.training import quality
 from vqkernels.training.config import require
 
-__all__ = ["TERMS", "Window", "code_statistics", "count_codes", "evaluate", "high_band_energy", "score", "to_unit"]
+__all__ = ["TERMS", "Window", "code_statistics", "count_codes", "evaluate", "score", "to_unit"]
 
 TERMS = ("loss", "reconstruction", "codebook", "commitment")
 
@@ -67,22 +67,6 @@ def describe_counts(counts: Sequence[Tensor]) -> dict[str, Any]:
     return line
 
 
-def high_band_energy(images: Tensor) -> Tensor:
-    """Mean square of what a 5 x 5 binomial blur removes from the luminance: the finest band of a Laplacian pyramid.
-
-    Args:
-        images: (B, 3, H, W).
-
-    Returns:
-        float64 (B,).
-    """
-    grey = (images.double() * images.new_tensor([0.299, 0.587, 0.114]).double()[:, None, None]).sum(1, keepdim=True)
-    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=torch.float64, device=images.device) / 16
-    padded = F.pad(grey, (2, 2, 2, 2), mode="reflect")
-    blurred = F.conv2d(F.conv2d(padded, taps.view(1, 1, 5, 1)), taps.view(1, 1, 1, 5))
-    return (grey - blurred).square().mean((1, 2, 3))
-
-
 def score(line: Mapping[str, Any], adversarial: bool) -> float:
     """What the best model is chosen by: PSNR, and for a VQGAN 5 dB less for every factor of two in sharpness."""
     if not adversarial:
@@ -105,15 +89,15 @@ def evaluate(
 
     Returns:
         ``psnr`` (mean over crops, dB), ``psnr_pooled`` (of the mean squared error over all pixels), ``ssim``, ``mse``
-        (of values in [0, 1]), ``usage``, ``perplexity``, ``psnr_by_image``; ``sharpness``: energy of the finest details
-        of the reconstructions relative to the originals', per image, then the mean over images (1: as sharp, below 1:
-        blurred, above 1: noisy). Reconstructions are clamped to [0, 1].
+        (of values in [0, 1]), ``usage``, ``perplexity``, ``psnr_by_image``; ``sharpness``: detail of reconstructions as
+        a share of the originals' (:func:`vqkernels.training.quality.sharpness`), of all crops of an image together,
+        then the mean over images. Reconstructions are clamped to [0, 1].
     """
     image = require("torchmetrics.functional.image")
     training = model.training
     model.eval()
     try:
-        errors, similarity, energy = [], [], []
+        errors, similarity, details = [], [], []
         counts = no_counts(model.streams, torch.device("cpu"))
         psnr: list[Tensor] = []
         for start in range(0, len(crops), batch_size):
@@ -128,7 +112,9 @@ def evaluate(
             similarity.append(
                 image.structural_similarity_index_measure(restored, originals, data_range=1.0, reduction="none")
             )
-            energy.append(torch.stack([high_band_energy(restored), high_band_energy(originals)], 1).cpu())
+            details += [
+                (quality.detail(r), quality.detail(o)) for r, o in zip(restored.cpu(), originals.cpu(), strict=True)
+            ]
             found = count_codes(out.quantizer.indices, model.streams)
             counts = [a + b.cpu() for a, b in zip(counts, found, strict=True)]
     finally:
@@ -137,8 +123,8 @@ def evaluate(
     mse = torch.cat(errors).mean().item()
     crops_of = {n: [i for i, m in enumerate(names) if m == n] for n in dict.fromkeys(names)}
     by_image = {n: per_crop[of].mean().item() for n, of in crops_of.items()}
-    bands = torch.cat(energy)
-    sharpness = [(e[0] / e[1].clamp(min=1e-12)).item() for e in (bands[of].sum(0) for of in crops_of.values())]
+    pooled = [tuple(sum(details[i][which] for i in of) for which in (0, 1)) for of in crops_of.values()]
+    sharpness = [mine / max(reference, quality.LEAST_DETAIL) for mine, reference in pooled]
     return {
         "psnr": per_crop.mean().item(),
         "psnr_pooled": -10 * math.log10(max(mse, 1e-12)),

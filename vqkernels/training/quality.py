@@ -16,7 +16,15 @@ from torch import Tensor
 from vqkernels.models import LPIPS, find_lpips
 from vqkernels.training.config import require
 
-__all__ = ["ImageMetrics", "fid_extractor", "frechet_distance", "pixel_diversity", "sharpness", "token_diversity"]
+__all__ = [
+    "ImageMetrics",
+    "detail",
+    "fid_extractor",
+    "frechet_distance",
+    "pixel_diversity",
+    "sharpness",
+    "token_diversity",
+]
 
 # Five scales with a window of 11 need this many pixels on the shorter side.
 MS_SSIM_SIDE = 176
@@ -91,11 +99,12 @@ def sharpness(original: Tensor, restored: Tensor) -> float | None:
     """
     if min(original.shape[1:]) < 3:
         return None
-    reference = _laplacian_variance(original)
-    return _laplacian_variance(restored) / reference if reference > LEAST_DETAIL else None
+    reference = detail(original)
+    return detail(restored) / reference if reference > LEAST_DETAIL else None
 
 
-def _laplacian_variance(image: Tensor) -> float:
+def detail(image: Tensor) -> float:
+    """Variance of the Laplacian of the luma of an image (3, H, W) in [0, 1]: what :func:`sharpness` compares."""
     luma = torch.einsum("chw,c->hw", image.double(), image.new_tensor([0.299, 0.587, 0.114]).double())
     around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
     return float((around - 4 * luma[1:-1, 1:-1]).var(correction=0))
