@@ -7,10 +7,6 @@ import math
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ import scipy.ndimage
 import torch
 from PIL import Image
 
+from tests.killed import kill_at_random
 from vqkernels.cli import main
 from vqkernels.models import build_model, load_model
 from vqkernels.training import TrainingError, figures, quality, stability
@@ -90,7 +87,7 @@ def test_numbers_are_what_they_say(report: tuple[dict[str, Any], Path], folders:
 def test_the_page_opens_offline_and_compares_side_by_side(report: tuple[dict[str, Any], Path]) -> None:
     page = (report[1] / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
-    assert "https://" not in page
+    assert not re.findall(r"https?://|url\(|@import|<script|<link|<iframe", page)
     assert page.count('alt="original"') >= 6
     assert page.count('alt="error"') == 2 * page.count('alt="original"')
     assert page.count('alt="map of the codebook"') == 2
@@ -111,6 +108,35 @@ def test_spread_over_seeds(report: tuple[dict[str, Any], Path]) -> None:
     assert group["psnr"]["std"] == pytest.approx(np.std(psnr, ddof=1))
 
 
+@torch.no_grad()
+def test_diversity_rate_and_speed_are_in_the_report(report: tuple[dict[str, Any], Path], folders: list[str]) -> None:
+    page = (report[1] / "report.html").read_text()
+    source = open_source(None, size=64)
+    for folder, found in zip(folders, report[0]["models"], strict=True):
+        model = load_model(f"{folder}/model")
+        originals, restored, tokens = [], [], []
+        for name in (image["name"] for image in found["images"]):
+            x = fit(source.load(list(source.names).index(name)), 4, 64)[None]
+            (indices,) = model.encode_to_indices(x)
+            originals.append(x.unflatten(2, (16, 4)).unflatten(4, (16, 4)).mean((3, 5)).flatten().double().numpy())
+            y = model.decode_indices((indices,)).clamp(0, 1)
+            restored.append(y.unflatten(2, (16, 4)).unflatten(4, (16, 4)).mean((3, 5)).flatten().double().numpy())
+            tokens.append(set(indices.flatten().tolist()))
+        pairs = [(i, j) for i in range(9) for j in range(i)]
+        for name, small in (("originals", originals), ("reconstructions", restored)):
+            wanted = np.mean([np.linalg.norm(small[i] - small[j]) for i, j in pairs]) / (3 * 16 * 16) ** 0.5
+            assert found["diversity"][f"pixels_of_{name}"] == pytest.approx(wanted, rel=1e-3)
+        jaccard = np.mean([1 - len(tokens[i] & tokens[j]) / len(tokens[i] | tokens[j]) for i, j in pairs])
+        assert found["diversity"]["tokens"] == pytest.approx(jaccard, abs=0.02)
+        assert found["timing"]["encode_images_per_second"] > 0
+        assert f"{found['timing']['decode_images_per_second']:.1f}" in page
+        assert f"{found['diversity']['tokens']:.3f}" in page
+        assert f"{found['bits_per_pixel']:.4f}" in page
+    for heading in ("diversity kept", "token diversity", "bits per pixel, entropy coded", "encode, images/s"):
+        assert f"<td>{heading}" in page
+    assert "Over the seeds 0, 1: PSNR" in page  # stability
+
+
 def without_timing(path: Path) -> Any:
     report = json.loads(path.read_text())
     for model in report["models"]:
@@ -123,19 +149,13 @@ def test_killed_at_any_moment_it_ends_with_the_same_report(
     report: tuple[dict[str, Any], Path], folders: list[str], tmp_path: Path
 ) -> None:
     options = ["evaluate", *folders, "--output", str(tmp_path / "r"), "--size", "64", "--limit", "9"]
-    draw = random.Random(1)
-    for _ in range(10):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vqkernels", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + draw.uniform(0.5, 8.0)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    draw, hits = random.Random(1), 0
+    for i in range(10):
+        hits += kill_at_random(options, draw, working=i % 3 < 2)
         for path in (tmp_path / "r").rglob("*.json"):
             if not path.name.startswith("."):
                 json.loads(path.read_text())
+    assert hits >= 3
     evaluate(EvaluateConfig(tuple(folders), output=str(tmp_path / "r"), size=64, limit=9), say=quiet)
     assert without_timing(tmp_path / "r" / "report.json") == without_timing(report[1] / "report.json")
 
@@ -172,6 +192,7 @@ def test_unreadable_images_are_listed(folders: list[str], tmp_path: Path) -> Non
 
 def test_bad_input_is_one_clear_error(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "config.json").write_text('{"model": "VQVAE"}')
@@ -180,6 +201,7 @@ def test_bad_input_is_one_clear_error(folders: list[str], tmp_path: Path, capsys
         ([str(tmp_path / "none")], "holds no model"),
         ([str(damaged)], "is damaged"),
         ([folders[0], "--images", str(tmp_path / "none")], "there is no folder"),
+        ([folders[0], "--images", str(tmp_path / "empty")], "has no images"),
         ([folders[0], "--output", str(tmp_path / "file")], "is a file"),
         ([folders[0], "--size", "30"], "size is 30; expected a multiple of 4"),
         ([folders[0], "--limit", "0"], "limit is 0"),
