@@ -7,19 +7,17 @@ import math
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import torch
 from PIL import Image
 
+from tests.killed import kill_at_random
 from vqkernels.cli import main
 from vqkernels.models import build_model, load_model
 from vqkernels.training import TrainingError, figures, quality, stability
@@ -71,6 +69,8 @@ def test_numbers_are_what_they_say(report: tuple[dict[str, Any], Path], folders:
         assert image["mse"] == pytest.approx(mse, rel=1e-4)
         assert image["psnr"] == pytest.approx(-10 * math.log10(mse), abs=1e-3)
     assert found["quality"]["mse"]["mean"] == pytest.approx(np.mean(errors), rel=1e-4)
+    detail = [image["sharpness"] for image in found["images"] if "sharpness" in image]
+    assert found["quality"]["sharpness"]["mean"] == pytest.approx(np.mean(detail))
     (stream,) = found["streams"]
     assert sum(stream["counts"][0]) == 9 * 256
     assert np.abs(np.array(stream["counts"][0]) - counts.numpy()).sum() <= 4  # threads differ, so may near ties
@@ -87,7 +87,7 @@ def test_numbers_are_what_they_say(report: tuple[dict[str, Any], Path], folders:
 def test_the_page_opens_offline_and_compares_side_by_side(report: tuple[dict[str, Any], Path]) -> None:
     page = (report[1] / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
-    assert "https://" not in page
+    assert not re.findall(r"https?://|url\(|@import|<script|<link|<iframe", page)
     assert page.count('alt="original"') >= 6
     assert page.count('alt="error"') == 2 * page.count('alt="original"')
     assert page.count('alt="map of the codebook"') == 2
@@ -95,6 +95,9 @@ def test_the_page_opens_offline_and_compares_side_by_side(report: tuple[dict[str
     for found in report[0]["models"]:
         assert f"{found['quality']['psnr']['mean']:.2f}" in page
     assert "rFID is not shown" in page
+    sharp = [found["quality"]["sharpness"]["mean"] for found in report[0]["models"]]
+    best = min(sharp, key=lambda value: abs(math.log(value)))  # near to 1, not large
+    assert f'<td class="best">{best:.3f}</td>' in page.partition("<td>sharpness</td>")[2].partition("</tr>")[0]
 
 
 def test_spread_over_seeds(report: tuple[dict[str, Any], Path]) -> None:
@@ -103,6 +106,35 @@ def test_spread_over_seeds(report: tuple[dict[str, Any], Path]) -> None:
     assert group["seeds"] == [0, 1]
     assert group["psnr"]["mean"] == pytest.approx(np.mean(psnr))
     assert group["psnr"]["std"] == pytest.approx(np.std(psnr, ddof=1))
+
+
+@torch.no_grad()
+def test_diversity_rate_and_speed_are_in_the_report(report: tuple[dict[str, Any], Path], folders: list[str]) -> None:
+    page = (report[1] / "report.html").read_text()
+    source = open_source(None, size=64)
+    for folder, found in zip(folders, report[0]["models"], strict=True):
+        model = load_model(f"{folder}/model")
+        originals, restored, tokens = [], [], []
+        for name in (image["name"] for image in found["images"]):
+            x = fit(source.load(list(source.names).index(name)), 4, 64)[None]
+            (indices,) = model.encode_to_indices(x)
+            originals.append(x.unflatten(2, (16, 4)).unflatten(4, (16, 4)).mean((3, 5)).flatten().double().numpy())
+            y = model.decode_indices((indices,)).clamp(0, 1)
+            restored.append(y.unflatten(2, (16, 4)).unflatten(4, (16, 4)).mean((3, 5)).flatten().double().numpy())
+            tokens.append(set(indices.flatten().tolist()))
+        pairs = [(i, j) for i in range(9) for j in range(i)]
+        for name, small in (("originals", originals), ("reconstructions", restored)):
+            wanted = np.mean([np.linalg.norm(small[i] - small[j]) for i, j in pairs]) / (3 * 16 * 16) ** 0.5
+            assert found["diversity"][f"pixels_of_{name}"] == pytest.approx(wanted, rel=1e-3)
+        jaccard = np.mean([1 - len(tokens[i] & tokens[j]) / len(tokens[i] | tokens[j]) for i, j in pairs])
+        assert found["diversity"]["tokens"] == pytest.approx(jaccard, abs=0.02)
+        assert found["timing"]["encode_images_per_second"] > 0
+        assert f"{found['timing']['decode_images_per_second']:.1f}" in page
+        assert f"{found['diversity']['tokens']:.3f}" in page
+        assert f"{found['bits_per_pixel']:.4f}" in page
+    for heading in ("diversity kept", "token diversity", "bits per pixel, entropy coded", "encode, images/s"):
+        assert f"<td>{heading}" in page
+    assert "Over the seeds 0, 1: PSNR" in page  # stability
 
 
 def without_timing(path: Path) -> Any:
@@ -117,19 +149,13 @@ def test_killed_at_any_moment_it_ends_with_the_same_report(
     report: tuple[dict[str, Any], Path], folders: list[str], tmp_path: Path
 ) -> None:
     options = ["evaluate", *folders, "--output", str(tmp_path / "r"), "--size", "64", "--limit", "9"]
-    draw = random.Random(1)
-    for _ in range(10):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vqkernels", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + draw.uniform(0.5, 8.0)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    draw, hits = random.Random(1), 0
+    for i in range(10):
+        hits += kill_at_random(options, draw, working=i % 3 < 2)
         for path in (tmp_path / "r").rglob("*.json"):
             if not path.name.startswith("."):
                 json.loads(path.read_text())
+    assert hits >= 3
     evaluate(EvaluateConfig(tuple(folders), output=str(tmp_path / "r"), size=64, limit=9), say=quiet)
     assert without_timing(tmp_path / "r" / "report.json") == without_timing(report[1] / "report.json")
 
@@ -166,6 +192,7 @@ def test_unreadable_images_are_listed(folders: list[str], tmp_path: Path) -> Non
 
 def test_bad_input_is_one_clear_error(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "config.json").write_text('{"model": "VQVAE"}')
@@ -174,6 +201,7 @@ def test_bad_input_is_one_clear_error(folders: list[str], tmp_path: Path, capsys
         ([str(tmp_path / "none")], "holds no model"),
         ([str(damaged)], "is damaged"),
         ([folders[0], "--images", str(tmp_path / "none")], "there is no folder"),
+        ([folders[0], "--images", str(tmp_path / "empty")], "has no images"),
         ([folders[0], "--output", str(tmp_path / "file")], "is a file"),
         ([folders[0], "--size", "30"], "size is 30; expected a multiple of 4"),
         ([folders[0], "--limit", "0"], "limit is 0"),
@@ -196,6 +224,40 @@ def test_frechet_distance_equals_the_textbook_formula() -> None:
     assert quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
     with pytest.raises(ValueError, match="at least two"):
         quality.frechet_distance(a[:1], b)
+
+
+def blurred(image: np.ndarray, sigma: float) -> torch.Tensor:
+    return torch.from_numpy(np.stack([scipy.ndimage.gaussian_filter(c, sigma, mode="nearest") for c in image]))
+
+
+def test_sharpness_falls_with_blur_and_equals_the_formula() -> None:
+    source = open_source(None)
+    for number in (0, 2, 7, 13):
+        image = source.load(number).transpose(2, 0, 1)[:, 50:210, 40:240] / 255.0
+        original = torch.from_numpy(image)
+        values = [quality.sharpness(original, blurred(image, sigma)) for sigma in (0.3, 0.6, 1.0, 2.0, 4.0)]
+        assert all(v is not None for v in values)
+        assert values == sorted(values, reverse=True)  # type: ignore[type-var]
+        assert values[0] is not None
+        assert values[-1] is not None
+        assert values[0] < 1
+        assert values[-1] < 0.02
+        assert quality.sharpness(original, original) == 1
+        mask = original + 0.5 * (original - blurred(image, 1.0))  # unsharp masking
+        assert (quality.sharpness(original, mask) or 0) > 1.2
+        # OpenCV's and scipy's Laplacian, of the grey image
+        grey = [np.tensordot([0.299, 0.587, 0.114], x, 1) for x in (image, blurred(image, 1.0).numpy())]
+        variance = [scipy.ndimage.laplace(x)[1:-1, 1:-1].var() for x in grey]
+        assert values[2] == pytest.approx(variance[1] / variance[0], rel=1e-10)
+
+
+def test_sharpness_of_an_image_without_detail_is_left_out() -> None:
+    ramp = torch.linspace(0, 1, 50).expand(3, 50, 50)
+    assert quality.sharpness(ramp, ramp) is None
+    assert quality.sharpness(torch.rand(3, 2, 9), torch.rand(3, 2, 9)) is None
+    found = quality.ImageMetrics(torch.device("cpu"))(ramp, ramp)
+    assert "sharpness" not in found
+    assert found["psnr"] == 100
 
 
 def test_curve_statistics_see_a_divergence() -> None:

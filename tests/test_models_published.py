@@ -1,12 +1,13 @@
 """Published checkpoints: outputs of a random diffusers VQModel, and the key and shape lists of taming and LlamaGen.
 
-taming-transformers and LlamaGen are no packages; their lists are restated here from reading the sources (a fork of
-taming's taming/modules/diffusionmodules/model.py, FoundationVision/LlamaGen tokenizer/tokenizer_image/vq_model.py),
-independently of the translation's patterns.
+taming-transformers and LlamaGen are no packages; their lists are restated here from reading the sources
+(CompVis/taming-transformers taming/modules/diffusionmodules/model.py, FoundationVision/LlamaGen
+tokenizer/tokenizer_image/vq_model.py), independently of the translation's patterns.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqkernels.models import VQGAN, VQGANConfig, config_of
+from vqkernels.models import VQGAN, VQGANConfig, build_model, config_of
 from vqkernels.models.published import translate
 
 Shapes = dict[str, tuple[int, ...]]
@@ -105,6 +106,40 @@ def test_presets_have_every_tensor_of_the_published_model(name: str) -> None:
     own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     counters = {f"quantizer.{k}" for k in ("code_counts", "steps", "initialized")}
     assert {k: tuple(v.shape) for k, v in found.tensors.items()} == {k: v for k, v in own.items() if k not in counters}
+
+
+def sonnet_weights() -> int:
+    """Of google-deepmind/sonnet's vqvae_example.ipynb: 128 hidden units, two residual layers of 32."""
+
+    def layer(kernel: int, a: int, b: int) -> int:
+        return kernel * kernel * a * b + b
+
+    residual = 2 * (layer(3, 128, 32) + layer(1, 32, 128))
+    encoder = layer(4, 3, 64) + layer(4, 64, 128) + layer(3, 128, 128) + residual + layer(1, 128, 64)
+    decoder = layer(3, 64, 128) + residual + layer(4, 128, 64) + layer(4, 64, 3)
+    return encoder + decoder + 512 * 64
+
+
+# Counted on the originals' own code (taming-transformers 3ba01b2, LlamaGen ce98ec4), codebook included; with random
+# weights it gave the same tokens and the same images to 2e-5 as ours.
+WEIGHTS = {
+    "vqgan-f16": 76_073_859,
+    "vqgan-f8": 67_717_295,
+    "llamagen-vq16": 71_883_403,
+    "vqvae-cifar": sonnet_weights(),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_presets_have_the_number_of_weights_of_the_original(name: str) -> None:
+    with torch.device("cpu" if name == "vqvae-cifar" else "meta"):  # EMA statistics are computed at once
+        model = build_model(name)
+    tensors = dict(model.named_parameters())
+    tensors.setdefault("quantizer.codebook", model.quantizer.codebook)  # type: ignore[union-attr,arg-type]
+    assert sum(t.numel() for t in tensors.values()) == WEIGHTS[name]
+    if name in FULL:
+        shapes = {k: v for k, v in published(*FULL[name]).items() if not re.match(r"loss\.|quantize\.codebook_used", k)}
+        assert sum(math.prod(shape) for shape in shapes.values()) == WEIGHTS[name]
 
 
 @pytest.mark.parametrize("style", ["taming", "llamagen"])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.photographs import crops, error, patches, train
-from vqkernels import VectorQuantizer
-from vqkernels.models import VQGAN, VQVAE, VQGANConfig, build_model
+from vqkernels import ResidualVectorQuantizer, VectorQuantizer
+from vqkernels.models import VQGAN, VQVAE, VQVAE2, VQGANConfig, VQVAE2Config, build_model
 from vqkernels.models.quantizers import LevelsQuantizer
 
 EMA: dict[str, Any] = {"decay": 0.8, "init": "kmeans"}
@@ -40,6 +40,29 @@ def test_more_codes_are_finer(latents: tuple[Tensor, Tensor]) -> None:
 def test_more_heads_are_finer(latents: tuple[Tensor, Tensor]) -> None:
     errors = [learned(VectorQuantizer(16, 12 // h, heads=h, **EMA), latents) for h in (1, 2, 4)]
     assert errors[0] > 1.02 * errors[1] > 1.02**2 * errors[2]
+
+
+def test_unit_codes_ignore_the_length_of_a_latent(latents: tuple[Tensor, Tensor]) -> None:
+    same = {}
+    for metric in ("cosine", "l2"):
+        vq = VectorQuantizer(32, 12, metric=metric, **EMA)
+        learned(vq, latents)
+        same[metric] = torch.equal(vq(latents[1]).indices, vq(3 * latents[1]).indices)
+    assert same == {"cosine": True, "l2": False}
+
+
+def test_the_bottom_grid_of_two_depends_on_the_top_one() -> None:
+    """VQ-VAE-2: both grids see the pixels, and the bottom one sees what the top one chose."""
+    model = VQVAE2(VQVAE2Config(channels=8, residual_channels=8, codes=32, dim=4, quantizer=EMA))
+    images = crops(8, 32)
+    model(images)  # k-means
+    top, bottom = model.eval().encode(images)
+    with torch.no_grad():
+        model.quantizer_top.codebook.mul_(-30)
+    assert not torch.equal(model.encode(images)[1], bottom)
+    restored = model.decode((top, bottom))
+    for other in ((top.roll(1, -1), bottom), (top, bottom.roll(1, -1))):
+        assert not torch.equal(model.decode(other), restored)
 
 
 def test_every_residual_level_corrects_the_error_of_those_before(latents: tuple[Tensor, Tensor]) -> None:
@@ -108,6 +131,13 @@ def test_dead_codes_are_used_again(latents: tuple[Tensor, Tensor]) -> None:
     assert usage[1] > 0.9
 
 
+def without_norms(half: torch.nn.Module) -> None:
+    """GroupNorm sees the whole image; taking the mean out of the question leaves convolutions and attention."""
+    for module in half.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.forward = lambda x: x  # type: ignore[method-assign,assignment]
+
+
 def test_a_deeper_generator_has_more_capacity() -> None:
     def count(**changes: Any) -> int:
         return sum(p.numel() for p in build_model("tiny-vqgan", **changes).parameters())
@@ -121,8 +151,23 @@ def test_a_deeper_generator_has_more_capacity() -> None:
     assert [len(level.blocks) for level in model.encoder.levels] == [1, 1, 1]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_a_pixel_of_a_deeper_generator_sees_more_tokens(blocks: int) -> None:
+    sizes: dict[str, Any] = {"channels": 4, "multipliers": (1,), "z_channels": 4, "dim": 4, "codes": 8}
+    off: dict[str, Any] = {"attention_factors": (), "middle_attention": False}
+    model = VQGAN(VQGANConfig(**sizes, **off, blocks=1, decoder_blocks=blocks, norm_groups=1)).double().eval()
+    without_norms(model.decoder)
+    latents = torch.randn(1, 4, 41, 41, dtype=torch.float64, requires_grad=True)
+    seen = torch.autograd.grad(model.decode_latents(latents)[0, :, 20, 20].sum(), latents)[0][0].abs().sum(0) > 0
+    rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
+    # Two convolutions per block, two blocks in the middle, one convolution at each end: a place further with each.
+    reach = 1 + 2 * 2 + 2 * blocks + 1
+    assert (int(rows.min()), int(rows.max())) == (20 - reach, 20 + reach)
+    assert (int(columns.min()), int(columns.max())) == (20 - reach, 20 + reach)
+
+
 def test_attention_carries_information_across_the_image() -> None:
-    def reach(**changes: Any) -> float:
+    def reach(half: str, **changes: Any) -> float:
         torch.manual_seed(0)
         sizes: dict[str, Any] = {
             "channels": 8,
@@ -132,18 +177,22 @@ def test_attention_carries_information_across_the_image() -> None:
             "dim": 4,
             "codes": 8,
         }
-        # GroupNorm sees the whole image; taking the mean out of the question leaves convolutions and attention.
         model = VQGAN(VQGANConfig(**sizes, norm_groups=1, **changes)).eval()
-        for module in model.encoder.modules():
-            if isinstance(module, torch.nn.GroupNorm):
-                module.forward = lambda x: x  # type: ignore[method-assign,assignment]
-        images = torch.rand(1, 3, 64, 64, requires_grad=True)
-        far = torch.autograd.grad(model.latents(images)[0, :, 0, 0].sum(), images)[0][0, :, 48:, 48:]
+        without_norms(model)
+        if half == "encoder":  # one latent, and the pixels of the opposite corner
+            given = torch.rand(1, 3, 64, 64, requires_grad=True)
+            out = model.latents(given)
+        else:  # one pixel, and the latents of the opposite corner
+            given = torch.rand(1, 4, 32, 32, requires_grad=True)
+            out = model.decode_latents(given)
+        side = given.shape[-1] * 3 // 4
+        far = torch.autograd.grad(out[0, :, 0, 0].sum(), given)[0][0, :, side:, side:]
         return float(far.abs().sum())
 
-    assert reach(attention_factors=(), middle_attention=False) == 0.0
-    assert reach(attention_factors=(2,), middle_attention=False) > 0.0
-    assert reach(attention_factors=(), middle_attention=True) > 0.0
+    for half in ("encoder", "decoder"):
+        assert reach(half, attention_factors=(), middle_attention=False) == 0.0
+        assert reach(half, attention_factors=(2,), middle_attention=False) > 0.0
+        assert reach(half, attention_factors=(), middle_attention=True) > 0.0
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-vqgan"])
@@ -173,6 +222,30 @@ def test_losses_of_levels_are_those_of_each_against_its_own_remainder() -> None:
     torch.testing.assert_close(torch.autograd.grad(out.quantized.sum(), z, retain_graph=True)[0], torch.ones_like(z))
     out.loss.backward()
     assert all(level.codebook.grad is not None for level in (coarse, first, second))
+
+
+@pytest.mark.parametrize("decay", [None, 0.8])
+def test_levels_are_a_residual_quantizer(decay: float | None) -> None:
+    """:class:`LevelsQuantizer` without a coarse codebook and heads, against the one for users."""
+    torch.manual_seed(2)
+    ours = LevelsQuantizer(5, 17, 3, decay=decay)
+    theirs = ResidualVectorQuantizer(17, 5, 3, decay=decay)
+    state = {name.replace("levels.", "layers.", 1): t.clone() for name, t in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    for _ in range(3):
+        z = torch.randn(2, 5, 6, 7)
+        a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+        mine, other = ours(a), theirs(b)
+        assert torch.equal(mine.indices, other.indices)
+        torch.testing.assert_close(mine.quantized, other.quantized)
+        torch.testing.assert_close(mine.loss, other.loss)
+        torch.testing.assert_close(mine.commitment_loss, other.commitment_loss.sum())
+        (mine.loss + mine.quantized.square().sum()).backward()
+        (other.loss + other.quantized.square().sum()).backward()
+        torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(ours.codes_to_output(mine.indices), theirs.codes_to_output(other.indices))
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name.replace("layers.", "levels.", 1)], value, msg=name)
 
 
 def test_levels_share_the_interface_of_one_codebook() -> None:

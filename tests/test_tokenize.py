@@ -6,10 +6,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.killed import kill_at_random
 from vqkernels.cli import main
 from vqkernels.models import TokenStream, build_model
 from vqkernels.training import TrainingError
@@ -92,11 +91,12 @@ def test_files_do_not_depend_on_batch_size_or_workers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 7), (4, 1)])
 def test_files_do_not_depend_on_the_number_of_processes(
-    expected: Path, model: str, photographs: str, tmp_path: Path, world: int
+    expected: Path, model: str, photographs: str, tmp_path: Path, world: int, batch_size: int
 ) -> None:
     options = ["tokenize", model, "--images", photographs, "--output", str(tmp_path / "t"), "--shard-size", "64"]
+    options += ["--batch-size", str(batch_size)]
     processes = [
         run(options, {"RANK": str(r), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": str(1 + r)}, stdout=subprocess.PIPE)
         for r in range(world)
@@ -147,17 +147,12 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(
     expected: Path, model: str, photographs: str, tmp_path: Path
 ) -> None:
     options = ["tokenize", model, "--images", photographs, "--output", str(tmp_path / "t"), "--shard-size", "64"]
-    draw = random.Random(0)
-    for _ in range(10):
-        process = run(options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        # From the first import to the middle of a shard: wait for a new shard every other time.
-        deadline = time.monotonic() + draw.uniform(1.0, 5.0)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    draw, hits = random.Random(0), 0
+    for i in range(10):
+        hits += kill_at_random(options, draw, working=i % 3 < 2)
         for path in (tmp_path / "t").glob("tokens-*"):  # nothing damaged under a final name
             assert sha256(path) == sha256(expected / path.name)
+    assert hits >= 3  # it takes about as long as three of them together
     tokenize(TokenizeConfig(model, photographs, str(tmp_path / "t"), shard_size=64), say=quiet)
     assert contents(tmp_path / "t") == contents(expected)
 
@@ -195,6 +190,40 @@ def test_truncated_images_are_skipped_with_the_reason(model: str, photographs: s
     assert "3 x 500 pixels" in reasons["thin.png"]
     shard = read_shard(tmp_path / "t" / manifest["shards"][0]["file"])
     assert [image.name for image in shard.images] == ["000.png", "002.png"]
+
+
+def test_damaged_data_sets_are_one_error_and_damaged_images_in_them_are_skipped(
+    model: str, photographs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    files = [(Path(photographs) / name).read_bytes() for name in ("000.png", "002.png", "004.png")]
+    files[1] = files[1][:200]
+    table = pyarrow.table({"image": [{"bytes": file, "path": None} for file in [*files, None]]})
+    (tmp_path / "p").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "p" / "a.parquet")
+    manifest = tokenize(TokenizeConfig(model, str(tmp_path / "p"), str(tmp_path / "t")), say=quiet)
+    assert manifest is not None
+    assert manifest["images_done"] == 2
+    reasons = dict(manifest["skipped"])
+    assert list(reasons) == ["00000001", "00000003"]
+    assert "truncated" in reasons["00000001"]
+    assert "row 3 has no image" in reasons["00000003"]
+
+    whole = (tmp_path / "p" / "a.parquet").read_bytes()
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "a.tar").write_bytes(whole)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "dataset_info.json").write_text("{")
+    for folder in "qws":
+        with pytest.raises(TrainingError, match=rf"the data set in {tmp_path}/{folder} cannot be read: "):
+            tokenize(TokenizeConfig(model, str(tmp_path / folder), str(tmp_path / "x")), say=quiet)
+    assert not (tmp_path / "x").exists()
 
 
 def test_parquet_holds_the_same_tokens(expected: Path, model: str, photographs: str, tmp_path: Path) -> None:
@@ -237,8 +266,11 @@ def test_data_sets_on_disk(model: str, photographs: str, tmp_path: Path) -> None
         assert len(found) == 5
         wanted = wanted or found
         assert all(a.equal(b) for a, b in zip(found, wanted, strict=True)), images
-    with pytest.raises(TrainingError, match="no column 'image'; it has 'picture'"):
-        tokenize(TokenizeConfig(model, str(tmp_path / "saved"), str(tmp_path / "x")), say=quiet)
+        default = tokenize(TokenizeConfig(model, str(tmp_path / images), str(tmp_path / f"d-{images}")), say=quiet)
+        assert default is not None  # the only column of images need not be named
+        assert default["shards"] == manifest["shards"]
+    with pytest.raises(TrainingError, match="no column 'photo'; it has 'picture'"):
+        tokenize(TokenizeConfig(model, str(tmp_path / "saved"), str(tmp_path / "x"), column="photo"), say=quiet)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "parquet"])

@@ -23,7 +23,7 @@ from vqkernels.training import TrainConfig, TrainingError, data, loop, plots, tr
 from vqkernels.training.checkpoint import load_checkpoint, save_checkpoint
 from vqkernels.training.loop import Interrupted
 
-FILES = ["checkpoint.safetensors", "config.json", "curves.png", "metrics.json", "model", "samples.png"]
+FILES = ["best", "checkpoint.safetensors", "config.json", "curves.png", "metrics.json", "model", "samples.png"]
 
 
 def quiet(line: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from vqkernels.models import VQVAE, VQVAEConfig
+from vqkernels.models import VQVAE, TokenStream, VQVAEConfig
 from vqkernels.training import TrainingError, data, metrics
 
 
@@ -193,9 +193,9 @@ def test_code_statistics_by_hand() -> None:
 
 
 def test_heads_are_counted_apart() -> None:
-    config = VQVAEConfig(codes=3, quantizer={"heads": 2})
+    streams = [TokenStream(3, 4, 2)]
     indices = torch.tensor([[[[0, 2], [0, 1]]]])  # (B, h, w, heads)
-    assert metrics.count_codes(indices, config).tolist() == [[2, 0, 0], [0, 1, 1]]
+    assert metrics.count_codes(indices, streams)[0].tolist() == [[2, 0, 0], [0, 1, 1]]
 
 
 def test_evaluation_against_other_formulas() -> None:
@@ -231,11 +231,11 @@ def test_evaluation_against_other_formulas() -> None:
 
 
 def test_window_means_and_restart() -> None:
-    window = metrics.Window(1, 4, torch.device("cpu"))
+    window = metrics.Window([TokenStream(4, 4)], torch.device("cpu"))
     for reconstruction, code in ((0.1, 0), (0.3, 2)):
         terms = {name: torch.tensor(1.0) for name in metrics.TERMS} | {"reconstruction": torch.tensor(reconstruction)}
-        window.add(terms, torch.nn.functional.one_hot(torch.tensor([code]), 4))
-    restored = metrics.Window(1, 4, torch.device("cpu"))
+        window.add(terms, [torch.nn.functional.one_hot(torch.tensor([code]), 4)])
+    restored = metrics.Window([TokenStream(4, 4)], torch.device("cpu"))
     restored.restore(window.tensors())
     for each in (window, restored):
         line = each.take()

@@ -1,4 +1,4 @@
-"""``vqkernels train``: train a VQ-VAE on built-in photographs or on a folder of images.
+"""``vqkernels train``: train a VQ-VAE or VQGAN on built-in photographs or on a folder of images.
 
 Called by :mod:`vqkernels.cli`; parses options into a :class:`vqkernels.training.TrainConfig` and hands over.
 """
@@ -20,6 +20,10 @@ examples:
   vqkernels train --data photos --output runs/photos  your own images; damaged files are reported and skipped
   vqkernels train --output runs/photos --resume       go on after Ctrl-C; the result is that of an uninterrupted run
   vqkernels train --downsample 8 --codes 1024 --steps 4000 --output runs/f8
+  vqkernels train --preset tiny-vqgan --output runs/gan  adversarial training, discriminator included
+  vqkernels train --preset tiny-vqgan --stage vqvae --output runs/first     pretraining without it, and then:
+  vqkernels train --preset tiny-vqgan --init-from runs/first --output runs/second
+  vqkernels train --config my.yaml --set loss.l1=0.5 --set model_options.codes=1024
   accelerate launch --num_processes 2 -m vqkernels train --data photos --output runs/photos
 """
 
@@ -30,7 +34,23 @@ def _decay(text: str) -> float | None:
 
 _decay.__name__ = "number or none"
 
-METAVARS: dict[object, str] = {int: "N", float: "X", str: "NAME", _decay: "X", "data": "FOLDER", "output": "FOLDER"}
+
+def _sizes(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+_sizes.__name__ = "integers with commas between"
+
+METAVARS: dict[object, str] = {
+    int: "N",
+    float: "X",
+    str: "NAME",
+    _decay: "X",
+    _sizes: "N,N",
+    "init-from": "FOLDER",
+    "data": "FOLDER",
+    "output": "FOLDER",
+}
 
 # Option, type, help: the field of TrainConfig has the option's name. Defaults are read from there.
 Option = tuple[str, Callable[[str], Any], str]
@@ -38,11 +58,14 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
     (
         "data",
         (
-            ("data", str, "folder of images, searched recursively (default: built-in photographs)"),
+            ("data", str, "folder of images, or of parquet, arrow or tar shards (default: built-in photographs)"),
+            ("column", str, "of a data set, with the images"),
+            ("split", str, "of a data set"),
             ("image-size", int, "side of the training crops in pixels"),
             ("resize", int, "first bring the shorter side of every image to this (default: keep the pixels)"),
             ("held-out", float, "share of the images in --data kept for evaluation"),
             ("shuffle-channels", float, "share of crops with permuted colours (default: 0.25, with --data 0)"),
+            ("sizes", _sizes, "sides of training crops, one drawn per step, like 48,64,96 (default: image-size)"),
             ("workers", int, "processes that load images; 0: none besides the training process"),
         ),
     ),
@@ -52,6 +75,11 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
             ("batch-size", int, "crops per step, over all processes together"),
             ("steps", int, "optimiser steps"),
             ("lr", float, "peak learning rate"),
+            ("accumulate", int, "micro-batches per step"),
+            ("clip", float, "largest norm of the gradient (default: no limit)"),
+            ("average", float, "decay of a moving average of the weights, evaluated and saved (default: none)"),
+            ("init-from", str, "start from this saved model, or from the model in this run folder"),
+            ("discriminator-lr", float, "peak learning rate of the discriminator (default: half of lr)"),
             ("seed", int, "same seed, same machine, same numbers"),
             ("precision", str, "fp32, bf16 or fp16"),
             ("device", str, "auto, cpu, cuda or mps"),
@@ -62,6 +90,8 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
     (
         "model",
         (
+            ("preset", str, "a model of vqkernels.models.PRESETS (default: the VQ-VAE of the options below)"),
+            ("stage", str, "joint, or vqvae: a VQGAN without its discriminator"),
             ("downsample", int, "pixels per code along each side: 2, 4, 8 or 16"),
             ("codes", int, "number of codes"),
             ("dim", int, "length of a code"),
@@ -100,13 +130,19 @@ def add_parser(subparsers: Subparsers) -> None:
 
     parser = subparsers.add_parser(
         "train",
-        help="train a VQ-VAE on photographs",
-        description="Train a small VQ-VAE. Without any option: on photographs that ship inside packages.",
+        help="train a VQ-VAE or VQGAN on photographs",
+        description="Train a tokeniser. Without any option: on photographs that ship inside packages.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     defaults = TrainConfig()
+    files = parser.add_argument_group("configuration")
+    files.add_argument("--config", metavar="FILE", help="YAML with options by name (image_size: 64); flags win over it")
+    files.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], dest="settings",
+        help="set one option, also inside model_options, loss and discriminator: --set loss.l1=0.5",
+    )  # fmt: skip
     for title, options in GROUPS:
         group = parser.add_argument_group(title)
         for name, kind, text in options:
@@ -120,6 +156,11 @@ def add_parser(subparsers: Subparsers) -> None:
                 metavar=METAVARS.get(name, METAVARS[kind]),
                 default=argparse.SUPPRESS,
             )
+        if title == "data":
+            group.add_argument(
+                "--streaming", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                help="read shards in pieces, each image once per epoch: for data sets too large to list",
+            )  # fmt: skip
         if title == "codebook":
             group.add_argument(
                 "--gradient-codebook", dest="decay", action="store_const", const=None, default=argparse.SUPPRESS,
@@ -146,15 +187,18 @@ def run(args: argparse.Namespace) -> int:
     from vqkernels.training import TrainConfig, TrainingError, train
     from vqkernels.training.loop import Interrupted
     from vqkernels.training.run_folder import RunFolder
+    from vqkernels.training.yaml_config import merge_options
 
-    names = {name.replace("-", "_") for _, options in GROUPS for name, _, _ in options} | {"tensorboard"}
+    names = {name.replace("-", "_") for _, options in GROUPS for name, _, _ in options} | {"tensorboard", "streaming"}
     given = {name: value for name, value in vars(args).items() if name in names}
     try:
         if args.resume:
             output = given.get("output", TrainConfig().output)
-            config = TrainConfig.from_dict(RunFolder(output).read_config().to_dict() | given | {"output": output})
+            old = RunFolder(output).read_config().to_dict()
+            values = merge_options(old, args.config, args.settings, given | {"output": output})
         else:
-            config = TrainConfig(**given)
+            values = merge_options({}, args.config, args.settings, given)
+        config = TrainConfig.from_dict(values)
         train(config, resume=args.resume, overwrite=args.overwrite, say=lambda line: print(line, flush=True))
     except (TrainingError, Unsupported) as e:
         if getattr(args, "debug", False):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["Config", "check_choice", "check_int", "check_ints", "check_number"]
+__all__ = ["Config", "WithCodebook", "check_choice", "check_int", "check_ints", "check_number"]
 
 C = TypeVar("C", bound="Config")
 
@@ -44,6 +44,28 @@ class Config:
             ValueError: as in :meth:`from_dict`.
         """
         return type(self).from_dict(self.to_dict() | changes)
+
+
+class WithCodebook:
+    """What the configs of models with a codebook share; ``dim`` and ``quantizer`` are their fields."""
+
+    dim: int
+    quantizer: dict[str, Any]
+
+    def check_quantizer(self) -> None:
+        """``quantizer`` sets nothing that has its own field."""
+        if taken := sorted(self.quantizer.keys() & {"num_embeddings", "embedding_dim", "channel_dim"}):
+            raise ValueError(f"quantizer sets {taken[0]!r}; use codes and dim, the channel axis is always 1")
+
+    @property
+    def heads(self) -> int:
+        """Independent codebooks per grid and level (product quantization)."""
+        return int(self.quantizer.get("heads", 1))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels that are quantized, per grid."""
+        return self.dim * self.heads
 
 
 def check_int(name: str, value: Any, least: int) -> None:

@@ -23,19 +23,11 @@ CLASSES: dict[str, type[TokenModel]] = {c.__name__: c for c in (VQVAE, VQGAN, VQ
 
 
 def load_model(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> TokenModel:
-    """Load what ``save_pretrained`` of any model wrote.
-
-    Args:
-        folder: with ``config.json`` and ``model.safetensors``.
-        device: where to put the model.
-
-    Returns:
-        The model, in evaluation mode.
+    """Load what ``save_pretrained`` of any model wrote: ``from_pretrained`` of the class that the folder names.
 
     Raises:
-        ImportError: safetensors is not installed.
-        FileNotFoundError: one of the two files is missing.
-        ValueError: a file is damaged, no class here wrote it, or the weights do not fit the config.
+        ImportError, FileNotFoundError: as in ``from_pretrained``.
+        ValueError: as there, or no class here wrote the folder.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():

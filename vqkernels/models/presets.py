@@ -1,6 +1,19 @@
 """Sizes of published models, and two small ones, by name.
 
-Used by the command line and by anyone who starts from a known model; docs/models.md has the table.
+Used by the command line and by anyone who starts from a known model; docs/models.md has the table. Sources, and the
+numbers of weights with the codebook that the originals have too (``tests/test_models_published.py``):
+
+* ``vqgan-f16``: the f = 16, K = 16384 ImageNet model of Esser et al. (2021): ``configs/imagenet_vqgan.yaml`` of
+  CompVis/taming-transformers with ``n_embed`` 16384, as in the published checkpoint's own config. 76,073,859.
+* ``vqgan-f8``: ``models/first_stage_models/vq-f8/config.yaml`` of CompVis/latent-diffusion (Rombach et al. 2022, table
+  8: VQ, f = 8, Z = 16384, d = 4). 67,717,295.
+* ``llamagen-vq16``: ``VQ-16`` of ``tokenizer/tokenizer_image/vq_model.py`` in FoundationVision/LlamaGen (Sun et al.
+  2024; "72M" in its table of models), 8-dim unit codes. 71,883,403.
+* ``vqvae-cifar``: ``vqvae_example.ipynb`` of google-deepmind/sonnet, the authors' demonstration of van den Oord et al.
+  (2017), with its EMA option. 695,491.
+* ``vqvae2-256``: Razavi et al. (2019), table of appendix A, ImageNet: 64 x 64 and 32 x 32 tokens, 128 hidden and 64
+  residual units, two blocks, K = 512, D = 64. Its authors published no code: the 4 x 4 strided convolutions are those
+  of ``vqvae-cifar``, and the number of weights has nothing to be compared with.
 """
 
 from __future__ import annotations
@@ -20,28 +33,16 @@ ModelConfig = VQVAEConfig | VQGANConfig | VQVAE2Config
 _EMA = {"decay": 0.99, "init": "kmeans", "dead_code_ratio": 0.05}
 
 PRESETS: dict[str, ModelConfig] = {
-    # The ImageNet f = 16, K = 16384 model of Esser et al. (2021).
     "vqgan-f16": VQGANConfig(),
-    # vq-f8 of Rombach et al. (2022), table 8.
     "vqgan-f8": VQGANConfig(multipliers=(1, 2, 2, 4), z_channels=4, codes=16384, dim=4),
-    # VQ-16 of Sun et al. (2024): 8-dim unit codes.
     "llamagen-vq16": VQGANConfig(dim=8, quantizer={"metric": "cosine"}),
-    # The CIFAR-10 example of DeepMind's Sonnet for van den Oord et al. (2017), EMA codebook.
     "vqvae-cifar": VQVAEConfig(base_channels=64, max_channels=128, residual_channels=32, quantizer={"decay": 0.99}),
-    # Razavi et al. (2019), table of appendix A, ImageNet 256: 64 x 64 and 32 x 32 tokens.
     "vqvae2-256": VQVAE2Config(),
     # For laptops and tests: 4x reduction.
     "tiny": VQVAEConfig(base_channels=16, max_channels=32, residual_channels=16, codes=256, dim=16, quantizer=_EMA),
     "tiny-vqgan": VQGANConfig(
-        channels=16,
-        multipliers=(1, 2, 2),
-        blocks=1,
-        attention_factors=(),
-        z_channels=32,
-        codes=256,
-        dim=16,
-        quantizer=_EMA,
-        norm_groups=8,
+        channels=16, multipliers=(1, 2, 2), blocks=1, attention_factors=(), z_channels=32, codes=256, dim=16,
+        quantizer=_EMA, norm_groups=8,
     ),
 }  # fmt: skip
 

@@ -21,38 +21,37 @@ from vqkernels.nn import checkpoints
 
 __all__ = ["Found", "complete", "infer_config", "translate"]
 
+Rules = tuple[tuple[str, str], ...]
+
 CODEBOOK = "quantizer.codebook"
 # Losses, averaged copies and counters of the last tokens seen: none of it is the generator's.
 DROPPED = re.compile(r"(loss|model_ema|lpips|discriminator)\.|colorize$|quantize\.(used|codebook_used|re_embed)$")
 
+
+def _rules(level: str, block: str, attention: str, resample: str, middle: tuple[str, str, str]) -> Rules:
+    """What a layout calls a level, its parts, and the three layers in the middle: regular expressions."""
+    return (
+        (rf"^{level}\.(\d+)\.{block}\.(\d+)\.", r"levels.\1.blocks.\2."),
+        (rf"^{level}\.(\d+)\.{attention}\.(\d+)\.", r"levels.\1.attention.\2."),
+        (rf"^{level}\.(\d+)\.{resample}\.", r"levels.\1.resample."),
+        *((rf"^{theirs}\.", f"middle.{ours}.") for theirs, ours in zip(middle, MIDDLE, strict=True)),
+    )
+
+
 # Pattern and replacement per layout, applied in order to the part after "encoder." or "decoder.".
-RULES: dict[str, tuple[tuple[str, str], ...]] = {
-    "taming": (
-        (r"^(?:down|up)\.(\d+)\.block\.(\d+)\.", r"levels.\1.blocks.\2."),
-        (r"^(?:down|up)\.(\d+)\.attn\.(\d+)\.", r"levels.\1.attention.\2."),
-        (r"^(?:down|up)\.(\d+)\.(?:down|up)sample\.", r"levels.\1.resample."),
-        (r"^mid\.block_1\.", "middle.first."),
-        (r"^mid\.attn_1\.", "middle.attention."),
-        (r"^mid\.block_2\.", "middle.second."),
-    ),
-    "llamagen": (
-        (r"^conv_blocks\.(\d+)\.res\.(\d+)\.", r"levels.\1.blocks.\2."),
-        (r"^conv_blocks\.(\d+)\.attn\.(\d+)\.", r"levels.\1.attention.\2."),
-        (r"^conv_blocks\.(\d+)\.(?:down|up)sample\.", r"levels.\1.resample."),
-        (r"^mid\.0\.", "middle.first."),
-        (r"^mid\.1\.", "middle.attention."),
-        (r"^mid\.2\.", "middle.second."),
-    ),
+MIDDLE = ("first", "attention", "second")
+SAMPLE = "(?:down|up)sample"
+RULES: dict[str, Rules] = {
+    "taming": _rules("(?:down|up)", "block", "attn", SAMPLE, (r"mid\.block_1", r"mid\.attn_1", r"mid\.block_2")),
+    "llamagen": _rules("conv_blocks", "res", "attn", SAMPLE, (r"mid\.0", r"mid\.1", r"mid\.2")),
     "diffusers": (
-        (r"^(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r"levels.\1.blocks.\2."),
-        (r"^(?:down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r"levels.\1.attention.\2."),
-        (r"^(?:down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.", r"levels.\1.resample."),
-        (r"^mid_block\.resnets\.0\.", "middle.first."),
-        (r"^mid_block\.attentions\.0\.", "middle.attention."),
-        (r"^mid_block\.resnets\.1\.", "middle.second."),
+        *_rules(
+            "(?:down|up)_blocks", "resnets", "attentions", rf"{SAMPLE}rs\.0",
+            (r"mid_block\.resnets\.0", r"mid_block\.attentions\.0", r"mid_block\.resnets\.1"),
+        ),
         (r"^conv_norm_out\.", "norm_out."),
     ),
-}
+}  # fmt: skip
 # The same for every layout: names inside a block. diffusers named its attention layers anew in version 0.15.
 INNER = (
     (r"\.(?:nin|conv)_shortcut\.", ".shortcut."),

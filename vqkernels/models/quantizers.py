@@ -51,6 +51,10 @@ class LevelsQuantizer(nn.Module):
     The output is the sum of the codes; its gradient goes straight through to the input, once. Losses are summed over
     the levels, every level's against its own remainder.
 
+    Without a coarse codebook and heads it computes what :class:`vqkernels.ResidualVectorQuantizer` does (a test holds
+    the two together). It is a class of its own because that one refuses heads, gives all levels one seed, and has
+    losses per level, where a model wants scalars; saved models know the levels as ``levels.{i}``.
+
     Args:
         dim: dims D of a code.
         codes: number of codes of every level.

@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vqkernels.functional import VQOutput
 from vqkernels.models.pretrained import Pretrained
 
-__all__ = ["ModelOutput", "StreamsOutput", "TokenModel", "TokenStream", "check_images", "evaluating"]
+__all__ = ["LatentModel", "ModelOutput", "StreamsOutput", "TokenModel", "TokenStream", "check_images", "evaluating"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,69 @@ class TokenModel(Pretrained):
             got = "a tensor" if isinstance(indices, Tensor) else f"{len(indices)} tensors"
             raise ValueError(f"indices is {got}; expected a sequence of {len(self.streams)}, one per token stream")
         return self.decode(indices[0] if len(indices) == 1 else tuple(indices))
+
+
+class LatentModel(TokenModel):
+    """A model with one grid of latents between encoder, ``quantizer`` and decoder."""
+
+    quantizer: nn.Module
+
+    @abstractmethod
+    def latents(self, images: Tensor) -> Tensor:
+        """Encoder output before quantization.
+
+        Args:
+            images: (B, C, H, W) in [0, 1]; H and W are multiples of ``multiple``.
+
+        Raises:
+            ValueError: the shape does not fit the config.
+            TypeError: the images are not floating point.
+        """
+
+    @abstractmethod
+    def decode_latents(self, quantized: Tensor) -> Tensor:
+        """Images of quantized latents, in about [0, 1] and not clamped; differentiable."""
+
+    def encode(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Tokens of images, without changing any statistic of the codebook.
+
+        Args:
+            images: as in :meth:`latents`.
+
+        Returns:
+            int64 (B, h, w), with a last dim if a place has several tokens; a tuple if there are several streams.
+
+        Raises:
+            ValueError, TypeError: as in :meth:`latents`.
+        """
+        with evaluating(self):
+            out: VQOutput | StreamsOutput = self.quantizer(self.latents(images))
+        return out.indices
+
+    def decode(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
+        """Images of tokens.
+
+        Args:
+            indices: as :meth:`encode` returns them.
+
+        Returns:
+            (B, C, h * downsample, w * downsample), clamped to [0, 1].
+
+        Raises:
+            ValueError, TypeError: the quantizer refuses the indices.
+        """
+        quantizer: Any = self.quantizer
+        return self.decode_latents(quantizer.codes_to_output(indices)).clamp(0, 1)
+
+    def initialize(self, images: Tensor) -> None:
+        """k-means of the codebooks on the latents of a batch, whatever ``init`` is; needed before ``torch.compile``.
+
+        Raises:
+            ValueError, TypeError: as in :meth:`latents`, or no latent is finite.
+        """
+        quantizer: Any = self.quantizer
+        with torch.no_grad():
+            quantizer.initialize(self.latents(images))
 
 
 def check_images(images: Tensor, channels: int, multiple: int) -> None:

@@ -6,9 +6,8 @@ Sources: Esser et al. 2021 (VQGAN), Rombach et al. 2022 (LDM), Sun et al. 2024 (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from vqkernels.functional import VQOutput
@@ -16,13 +15,13 @@ from vqkernels.models import published
 from vqkernels.models.autoencoder import VQGANDecoder, VQGANEncoder
 from vqkernels.models.pretrained import load_weights
 from vqkernels.models.quantizers import LevelsQuantizer, build_quantizer
-from vqkernels.models.tokens import ModelOutput, StreamsOutput, TokenModel, TokenStream, check_images, evaluating
+from vqkernels.models.tokens import LatentModel, ModelOutput, StreamsOutput, TokenStream, check_images
 from vqkernels.models.vqgan_config import VQGANConfig
 
 __all__ = ["VQGAN"]
 
 
-class VQGAN(TokenModel):
+class VQGAN(LatentModel):
     """Encoder, quantizer and decoder of a VQGAN. Images are floating point in [0, 1].
 
     Args:
@@ -71,25 +70,14 @@ class VQGAN(TokenModel):
         return self.config.multiple
 
     def latents(self, images: Tensor) -> Tensor:
-        """Encoder output before quantization.
-
-        Args:
-            images: (B, C, H, W) in [0, 1]; H and W are multiples of ``multiple``.
-
-        Returns:
-            (B, heads * dim, H / downsample, W / downsample).
-
-        Raises:
-            ValueError: the shape does not fit the config.
-            TypeError: the images are not floating point.
-        """
+        """(B, heads * dim, H / downsample, W / downsample), see :meth:`LatentModel.latents`."""
         check_images(images, self.config.image_channels, self.multiple)
         latents: Tensor = self.quant_conv(self.encoder(images * 2 - 1))
         return latents
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
-        """Images of quantized latents, in about [0, 1] and not clamped; differentiable."""
-        decoded: Tensor = self.decoder(self.post_quant_conv(quantized))
+        """Images of quantized latents, see :meth:`LatentModel.decode_latents`."""
+        decoded: Tensor = self.decoder(self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype)))
         return decoded * 0.5 + 0.5
 
     def forward(self, images: Tensor) -> ModelOutput:
@@ -106,48 +94,6 @@ class VQGAN(TokenModel):
         """
         out: VQOutput | StreamsOutput = self.quantizer(self.latents(images))
         return ModelOutput(self.decode_latents(out.quantized), out)
-
-    def encode(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Tokens of images, without changing any statistic of the codebook.
-
-        Args:
-            images: as in :meth:`latents`.
-
-        Returns:
-            int64 (B, h, w), with a last dim of heads * residual levels if that is more than one; with
-            ``coarse_factor`` the tuple of the coarse grid and this one.
-
-        Raises:
-            ValueError, TypeError: as in :meth:`latents`.
-        """
-        with evaluating(self):
-            out: VQOutput | StreamsOutput = self.quantizer(self.latents(images))
-        return out.indices
-
-    def decode(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
-        """Images of tokens.
-
-        Args:
-            indices: as :meth:`encode` returns them.
-
-        Returns:
-            (B, C, h * downsample, w * downsample), clamped to [0, 1].
-
-        Raises:
-            ValueError, TypeError: the quantizer refuses the indices.
-        """
-        quantized = self.quantizer.codes_to_output(indices)  # type: ignore[arg-type]
-        weight = self.post_quant_conv.weight
-        return self.decode_latents(quantized.to(weight.dtype)).clamp(0, 1)
-
-    def initialize(self, images: Tensor) -> None:
-        """k-means of the codebooks on the latents of a batch, whatever ``init`` is; needed before ``torch.compile``.
-
-        Raises:
-            ValueError, TypeError: as in :meth:`latents`, or no latent is finite.
-        """
-        with torch.no_grad():
-            self.quantizer.initialize(self.latents(images))
 
     def load_published(self, state: Mapping[str, Tensor]) -> str:
         """Load a state_dict of taming-transformers, LDM, LlamaGen or diffusers.

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vqkernels.models.config import Config, check_int, check_ints, check_number
+from vqkernels.models.config import Config, WithCodebook, check_int, check_ints, check_number
 
 __all__ = ["VQGANConfig"]
 
 
 @dataclass(frozen=True)
-class VQGANConfig(Config):
+class VQGANConfig(WithCodebook, Config):
     """Sizes and switches of a :class:`vqkernels.models.VQGAN`.
 
     Args:
@@ -95,8 +95,7 @@ class VQGANConfig(Config):
             if factor not in self.factors:
                 raise ValueError(f"attention_factors has {factor}; the levels have {', '.join(map(str, self.factors))}")
         check_number("dropout", self.dropout, 0.0, 1.0)
-        if taken := sorted(self.quantizer.keys() & {"num_embeddings", "embedding_dim", "channel_dim"}):
-            raise ValueError(f"quantizer sets {taken[0]!r}; use codes and dim, the channel axis is always 1")
+        self.check_quantizer()
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -122,13 +121,3 @@ class VQGANConfig(Config):
     def multiple(self) -> int:
         """Height and width of an image are multiples of this."""
         return self.downsample * (self.coarse_factor or 1)
-
-    @property
-    def heads(self) -> int:
-        """Independent codebooks per level (product quantization)."""
-        return int(self.quantizer.get("heads", 1))
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels that are quantized."""
-        return self.dim * self.heads

@@ -6,9 +6,7 @@ Source: van den Oord et al. 2017, "Neural Discrete Representation Learning" (sec
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,14 +16,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vqkernels.functional import VQOutput
-from vqkernels.models.tokens import TokenModel, TokenStream, evaluating
+from vqkernels.models.config import Config, WithCodebook, check_int
+from vqkernels.models.tokens import LatentModel, TokenStream, check_images
 from vqkernels.nn import VectorQuantizer
 
 __all__ = ["VQVAE", "Decoder", "Encoder", "ResidualBlock", "VQVAEConfig", "VQVAEOutput"]
 
 
 @dataclass(frozen=True)
-class VQVAEConfig:
+class VQVAEConfig(WithCodebook, Config):
     """Sizes of a :class:`VQVAE`.
 
     Args:
@@ -61,49 +60,17 @@ class VQVAEConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_channels", "base_channels", "max_channels", "residual_channels", "codes", "dim"):
-            _check_int(name, getattr(self, name), 1)
-        _check_int("residual_blocks", self.residual_blocks, 0)
+            check_int(name, getattr(self, name), 1)
+        check_int("residual_blocks", self.residual_blocks, 0)
         if self.downsample not in (2, 4, 8, 16):
             raise ValueError(f"downsample is {self.downsample!r}; expected 2, 4, 8 or 16")
-        if taken := sorted(self.quantizer.keys() & {"num_embeddings", "embedding_dim", "channel_dim"}):
-            raise ValueError(f"quantizer sets {taken[0]!r}; use codes and dim, the channel axis is always 1")
-
-    @property
-    def heads(self) -> int:
-        """Independent codebooks."""
-        return int(self.quantizer.get("heads", 1))
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels between encoder, quantizer and decoder."""
-        return self.dim * self.heads
+        self.check_quantizer()
 
     @property
     def channels(self) -> tuple[int, ...]:
         """Width after each halving, finest first."""
         halvings = self.downsample.bit_length() - 1
         return tuple(min(self.base_channels << i, self.max_channels) for i in range(halvings))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for json."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> VQVAEConfig:
-        """The reverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: a name is unknown, or a value is out of range.
-        """
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise ValueError(f"unknown VQVAEConfig field {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
-        return cls(**values)
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; expected an integer >= {least}")
 
 
 class ResidualBlock(nn.Module):
@@ -183,7 +150,7 @@ class VQVAEOutput(NamedTuple):
     quantizer: VQOutput
 
 
-class VQVAE(TokenModel):
+class VQVAE(LatentModel):
     """Encoder, vector quantizer, decoder. Images are floating point in [0, 1].
 
     Args:
@@ -232,66 +199,21 @@ class VQVAE(TokenModel):
         return self.config.downsample
 
     def latents(self, images: Tensor) -> Tensor:
-        """Encoder output before quantization.
-
-        Args:
-            images: (B, C, H, W) in [0, 1]; H and W are multiples of ``config.downsample``.
-
-        Returns:
-            (B, heads * dim, H / downsample, W / downsample).
-
-        Raises:
-            ValueError: the shape does not fit the config.
-            TypeError: the images are not floating point.
-        """
-        c, f = self.config.image_channels, self.config.downsample
-        if images.dim() != 4 or images.shape[1] != c or images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(
-                f"images has shape {tuple(images.shape)}; expected (B, {c}, H, W) with H and W multiples of {f}"
-            )
-        if not images.is_floating_point():
-            raise TypeError(f"images has dtype {images.dtype}; expected floating point in [0, 1]")
+        """(B, heads * dim, H / downsample, W / downsample), see :meth:`LatentModel.latents`."""
+        check_images(images, self.config.image_channels, self.multiple)
         latents: Tensor = self.encoder(images * 2 - 1)
         return latents
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Tokens of images, without changing any statistic of the codebook.
-
-        Args:
-            images: as in :meth:`latents`.
-
-        Returns:
-            int64 (B, h, w), with a last dim of H if there are several heads.
-
-        Raises:
-            ValueError, TypeError: as in :meth:`latents`.
-        """
-        with evaluating(self):
-            indices: Tensor = self.quantizer(self.latents(images)).indices
-        return indices
-
-    def decode(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
-        """Images of tokens.
-
-        Args:
-            indices: as :meth:`encode` returns them.
-
-        Returns:
-            (B, C, h * downsample, w * downsample), clamped to [0, 1].
-
-        Raises:
-            ValueError, TypeError: the quantizer refuses the indices.
-        """
-        if not isinstance(indices, Tensor):
-            raise TypeError(
-                f"indices is a {type(indices).__name__}; expected a torch.Tensor, there is one token stream"
-            )
-        quantized = self.quantizer.codes_to_output(indices)
-        return self._to_images(self.decoder(quantized)).clamp(0, 1)
-
-    @staticmethod
-    def _to_images(decoded: Tensor) -> Tensor:
+    def decode_latents(self, quantized: Tensor) -> Tensor:
+        """Images of quantized latents, see :meth:`LatentModel.decode_latents`."""
+        decoded: Tensor = self.decoder(quantized)
         return decoded * 0.5 + 0.5
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens of images, see :meth:`LatentModel.encode`: one tensor, as there is one stream."""
+        indices = super().encode(images)
+        assert isinstance(indices, Tensor)
+        return indices
 
     def forward(self, images: Tensor) -> VQVAEOutput:
         """Reconstruct ``images`` through the codebook; in training mode the quantizer learns as configured.
@@ -306,4 +228,4 @@ class VQVAE(TokenModel):
             ValueError, TypeError: as in :meth:`latents`.
         """
         out: VQOutput = self.quantizer(self.latents(images))
-        return VQVAEOutput(self._to_images(self.decoder(out.quantized)), out)
+        return VQVAEOutput(self.decode_latents(out.quantized), out)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqkernels.models.config import Config, check_choice, check_int
+from vqkernels.models.config import Config, WithCodebook, check_choice, check_int
 from vqkernels.models.tokens import ModelOutput, StreamsOutput, TokenModel, TokenStream, check_images, evaluating
 from vqkernels.models.vqvae import ResidualBlock
 from vqkernels.nn import VectorQuantizer
@@ -24,7 +24,7 @@ __all__ = ["VQVAE2", "VQVAE2Config"]
 
 
 @dataclass(frozen=True)
-class VQVAE2Config(Config):
+class VQVAE2Config(WithCodebook, Config):
     """Sizes of a :class:`VQVAE2`.
 
     Args:
@@ -56,18 +56,7 @@ class VQVAE2Config(Config):
         check_int("channels", self.channels, 2)
         check_int("residual_blocks", self.residual_blocks, 0)
         check_choice("bottom_factor", str(self.bottom_factor), ("2", "4", "8"))
-        if taken := sorted(self.quantizer.keys() & {"num_embeddings", "embedding_dim", "channel_dim"}):
-            raise ValueError(f"quantizer sets {taken[0]!r}; use codes and dim, the channel axis is always 1")
-
-    @property
-    def heads(self) -> int:
-        """Independent codebooks per grid."""
-        return int(self.quantizer.get("heads", 1))
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels that are quantized, per grid."""
-        return self.dim * self.heads
+        self.check_quantizer()
 
     @property
     def downsample(self) -> int:

@@ -84,19 +84,21 @@ def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def restore_model(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def restore_model(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path, prefix: str = "model") -> None:
     """Put the weights of a checkpoint into ``model``.
 
     Raises:
         TrainingError: the checkpoint is of a model of other sizes; ``model`` is unchanged.
     """
     try:
-        load_weights(model, _strip(tensors, "model."), f"checkpoint {path}")
+        load_weights(model, _strip(tensors, f"{prefix}."), f"checkpoint {path}")
     except ValueError as e:
         raise TrainingError(str(e)) from e
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], prefix: str = "optimizer"
+) -> dict[str, Tensor]:
     """The optimiser's state by parameter name.
 
     Args:
@@ -104,14 +106,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
         names: of the parameters.
     """
     return {
-        f"optimizer.{key}.{names[parameter]}": value
+        f"{prefix}.{key}.{names[parameter]}": value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor], path: Path
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    prefix: str = "optimizer",
 ) -> None:
     """Put :func:`optimizer_tensors` back.
 
@@ -119,7 +125,7 @@ def restore_optimizer(
         TrainingError: a parameter has no state in the checkpoint, or one of another shape.
     """
     by_name: dict[str, dict[str, Tensor]] = {}
-    for full, value in _strip(tensors, "optimizer.").items():
+    for full, value in _strip(tensors, f"{prefix}.").items():
         key, _, name = full.partition(".")
         by_name.setdefault(name, {})[key] = value
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):

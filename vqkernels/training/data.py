@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,12 +25,15 @@ from vqkernels.training.config import TrainingError, require
 
 __all__ = [
     "Crops",
+    "DamagedImage",
     "ImageSet",
     "Split",
+    "StepSides",
     "built_in_photographs",
     "decode_image",
     "evaluation_crops",
     "file_digest",
+    "hold_out",
     "image_folder",
     "image_paths",
     "sample_crops",
@@ -49,6 +53,12 @@ TRAIN_PHOTOGRAPHS = (
 )  # fmt: skip
 HELD_OUT_PHOTOGRAPHS = ("skimage/camera.png", "skimage/chelsea.png", "sklearn/china.jpg", "skimage/rocket.jpg")
 PHOTOGRAPH_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
+# So many damaged images drawn one after the other mean that the data are damaged, not an image.
+DAMAGED_IN_A_ROW = 100
+
+
+class DamagedImage(TrainingError):
+    """One image of many that cannot be read: another one is drawn in its place."""
 
 
 class ImageSet:
@@ -58,11 +68,15 @@ class ImageSet:
         names: what to call them in reports.
         paths: where they are.
         digests: of the files, for :meth:`fingerprint`.
-        load: path to pixels.
+        load: path to pixels; not needed where a subclass reads something else than paths.
     """
 
     def __init__(
-        self, names: Sequence[str], paths: Sequence[Path], digests: Sequence[str], load: Callable[[Path], Pixels]
+        self,
+        names: Sequence[str],
+        paths: Sequence[Path],
+        digests: Sequence[str],
+        load: Callable[[Path], Pixels] | None = None,
     ) -> None:
         self.names, self.paths, self.digests = list(names), list(paths), list(digests)
         self._load = load
@@ -72,16 +86,37 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def _read(self, index: int) -> Pixels:
+        assert self._load is not None
+        try:
+            return self._load(self.paths[index])
+        except Exception as e:  # it was readable when the run began
+            raise TrainingError(f"{self.paths[index]} cannot be read any more: {e}") from e
+
     def __getitem__(self, index: int) -> Pixels:
         if (pixels := self._cache.get(index)) is None:
-            try:
-                pixels = self._load(self.paths[index])
-            except Exception as e:  # it was readable when the run began
-                raise TrainingError(f"{self.paths[index]} cannot be read any more: {e}") from e
+            pixels = self._read(index)
             if self._cached_bytes + pixels.nbytes <= CACHE_BYTES:
                 self._cache[index] = pixels
                 self._cached_bytes += pixels.nbytes
         return pixels
+
+    def draw(self, number: int, random: np.random.Generator) -> Pixels:
+        """The image of a crop, each equally often; damaged ones are passed over.
+
+        Args:
+            number: of the crop; sets that go through their images in an order of their own follow it.
+            random: of the crop.
+
+        Raises:
+            TrainingError: an image that was readable when the run began no longer is, or too many are damaged.
+        """
+        for _ in range(DAMAGED_IN_A_ROW):
+            try:
+                return self[int(random.integers(len(self)))]
+            except DamagedImage as e:
+                last = e
+        raise TrainingError(f"{DAMAGED_IN_A_ROW} images drawn in a row are damaged; the last one: {last}") from last
 
     def fingerprint(self) -> str:
         """Changes when an image is added, removed, renamed or edited."""
@@ -120,7 +155,7 @@ def decode_image(path: Path | BinaryIO, size: int, resize: int | None) -> Pixels
 
 
 def _loader(size: int, resize: int | None) -> Callable[[Path], Pixels]:
-    return lambda path: decode_image(path, size, resize)
+    return partial(decode_image, size=size, resize=resize)  # a lambda could not go to a worker that was spawned
 
 
 def file_digest(path: Path) -> str:
@@ -209,16 +244,20 @@ def image_folder(folder: str, size: int, resize: int | None = None, held_out: fl
         unreadable = f"; skipped {len(skipped)}, first {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise TrainingError(f"{folder} has {what}{unreadable}")
 
-    order = sorted(kept, key=lambda digest: hashlib.sha256(kept[digest][0].encode()).digest())
-    count = min(max(1, round(len(kept) * held_out)), len(kept) - 1)
-    aside = set(order[:count])
+    aside = hold_out([name for name, _ in kept.values()], held_out)
 
     def collect(out: bool) -> ImageSet:
-        chosen = [(name, path, digest) for digest, (name, path) in kept.items() if (digest in aside) == out]
+        chosen = [(name, path, digest) for digest, (name, path) in kept.items() if (name in aside) == out]
         names, files, digests = zip(*chosen, strict=True)
         return ImageSet(names, files, digests, load)
 
     return Split(collect(False), collect(True), tuple(skipped))
+
+
+def hold_out(names: Sequence[str], share: float) -> set[str]:
+    """Which of at least two images to hold out: at least one, not all, chosen by the hash of the name alone."""
+    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(order[: min(max(1, round(len(names) * share)), len(names) - 1)])
 
 
 def image_paths(root: Path, skipped: list[tuple[str, str]]) -> Iterator[Path]:
@@ -240,27 +279,55 @@ def image_paths(root: Path, skipped: list[tuple[str, str]]) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
+class StepSides:
+    """A side for every step, drawn from a few: multi-scale training. All crops of a step have the same side.
+
+    Args:
+        sides: to draw from, each equally often.
+        seed: of the run.
+        batch_size: crops per step, over all processes together.
+
+    Example:
+        >>> side = StepSides((32, 48, 64), seed=0, batch_size=2)
+        >>> [side(number) for number in range(8)]
+        [64, 64, 64, 64, 48, 48, 48, 48]
+    """
+
+    def __init__(self, sides: Sequence[int], seed: int, batch_size: int) -> None:
+        self.sides, self.seed, self.batch_size = tuple(sides), seed, batch_size
+
+    def __call__(self, number: int) -> int:
+        """The side of crop ``number``: a function of the seed and the step."""
+        # Another counter than the crops', which draw from the same keys.
+        bits = np.random.Philox(key=[self.seed, number // self.batch_size], counter=[0, 0, 0, 1])
+        return self.sides[int(np.random.Generator(bits).integers(len(self.sides)))]
+
+
 class Crops(torch.utils.data.Dataset[Tensor]):
     """Random crops with flips: item i depends on (seed, i) only.
 
     Args:
-        images: to cut from, each equally often.
-        size: side of a crop.
+        images: to cut from.
+        size: side of a crop, or a function of its number that gives it, such as :class:`StepSides`. Images must have
+            been opened for the largest.
         seed: of the run.
         shuffle_channels: share of the crops whose colour channels are permuted, so that a few photographs teach many
             hues.
     """
 
-    def __init__(self, images: ImageSet, size: int, seed: int, shuffle_channels: float = 0.0) -> None:
+    def __init__(
+        self, images: ImageSet, size: int | Callable[[int], int], seed: int, shuffle_channels: float = 0.0
+    ) -> None:
         self.images, self.size, self.seed, self.shuffle_channels = images, size, seed, shuffle_channels
 
     def __getitem__(self, index: int) -> Tensor:
         """Crop number ``index`` as uint8 (3, size, size)."""
         random = np.random.Generator(np.random.Philox(key=[self.seed, index]))
-        pixels = self.images[int(random.integers(len(self.images)))]
-        top = int(random.integers(pixels.shape[0] - self.size + 1))
-        left = int(random.integers(pixels.shape[1] - self.size + 1))
-        crop = pixels[top : top + self.size, left : left + self.size]
+        side = self.size if isinstance(self.size, int) else self.size(index)
+        pixels = self.images.draw(index, random)
+        top = int(random.integers(pixels.shape[0] - side + 1))
+        left = int(random.integers(pixels.shape[1] - side + 1))
+        crop = pixels[top : top + side, left : left + side]
         if random.integers(2):
             crop = crop[:, ::-1]
         if random.random() < self.shuffle_channels:

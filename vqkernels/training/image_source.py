@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,12 @@ from torch import Tensor
 from vqkernels.training import data
 from vqkernels.training.config import TrainingError, require
 
-__all__ = ["ImageSource", "fit", "open_source"]
+__all__ = ["BUILDERS", "ImageSource", "ImageTable", "find_shards", "fit", "open_source", "open_table"]
+
+# Suffix of shards to the builder of `datasets` that reads them.
+BUILDERS = {"parquet": "parquet", "arrow": "arrow", "tar": "webdataset"}
+# Shards called like train-00000-of-00010.parquet belong to a split.
+SPLITS = frozenset({"train", "test", "validation", "valid", "val", "dev"})
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,11 @@ def open_source(
         raise TrainingError(f"there is no folder {images}")
     if not root.is_dir():
         raise TrainingError(f"{images} is not a folder")
-    if (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists():
-        return _dataset(root, require("datasets", "data").load_from_disk(str(root)), size, column, split)
-    tables = {"parquet": "parquet", "arrow": "arrow", "tar": "webdataset"}
-    for suffix, builder in tables.items():
-        if files := sorted(str(p) for p in root.glob(f"*.{suffix}")):
-            loaded = require("datasets", "data").load_dataset(builder, data_files={split: files})
-            return _dataset(root, loaded, size, column, split)
+    if (table := open_table(root, column, split)) is not None:
+        return ImageSource(
+            f"{len(table)} images in {root}", [f"{i:08d}" for i in range(len(table))], table.version,
+            lambda i: data.decode_image(table.read(i), 1, size),
+        )  # fmt: skip
     return _folder(root, size)
 
 
@@ -99,24 +103,106 @@ def _folder(root: Path, size: int | None) -> ImageSource:
     )  # fmt: skip
 
 
-def _dataset(root: Path, loaded: Any, size: int | None, column: str, split: str) -> ImageSource:
+class ImageTable:
+    """A column of images in a Hugging Face data set on disk: read by number, not decoded.
+
+    Args:
+        root: for messages.
+        rows: a ``datasets.Dataset``.
+        column: with the images.
+
+    Attributes:
+        version: changes when the data set does, or is elsewhere.
+    """
+
+    def __init__(self, root: Path, rows: Any, column: str) -> None:
+        # The files themselves, not decoded: damage is then found image by image, where it can be reported.
+        self._rows = rows.cast_column(column, require("datasets", "data").Image(decode=False))
+        self.root, self._column, self.version = root, column, str(self._rows._fingerprint)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int) -> Path | io.BytesIO:
+        """The file of image ``index``.
+
+        Raises:
+            ValueError: the row has none.
+        """
+        found = self._rows[index][self._column]
+        if found is None or (found["bytes"] is None and found["path"] is None):
+            raise ValueError(f"row {index} has no image")
+        return Path(found["path"]) if found["bytes"] is None else io.BytesIO(found["bytes"])
+
+    def describe(self) -> tuple[list[str], list[str]]:
+        """Names and sizes in bytes of all images, without reading them; names are numbers where files have none."""
+        compute = require("pyarrow.compute", "data")
+        rows = self._rows if self._rows._indices is None else self._rows.flatten_indices()
+        files = rows.data.column(self._column)
+        paths = compute.struct_field(files, "path").to_pylist()
+        sizes = compute.binary_length(compute.struct_field(files, "bytes")).to_pylist()
+        unnamed = None in paths or len(set(paths)) < len(paths)
+        names = [f"{i:08d}" for i in range(len(paths))] if unnamed else paths
+        return names, [f"{path if size is None else size}" for path, size in zip(paths, sizes, strict=True)]
+
+
+def find_shards(root: Path, split: str) -> tuple[str, list[Path]]:
+    """The shards in a folder and their kind; where names begin with those of splits, only the split's.
+
+    Raises:
+        TrainingError: there are shards of other splits only.
+    """
+    for kind in BUILDERS:
+        if files := sorted(root.glob(f"*.{kind}")):
+            by_split = [(re.split(r"[-_.0-9]", path.name)[0], path) for path in files]
+            if not any(name in SPLITS or name == split for name, _ in by_split):
+                return kind, files
+            if chosen := [path for name, path in by_split if name == split]:
+                return kind, chosen
+            names = ", ".join(map(repr, sorted({name for name, _ in by_split})))
+            raise TrainingError(f"{root} has no split {split!r}; its shards are of {names}")
+    return "", []
+
+
+def open_table(root: Path, column: str = "image", split: str = "train") -> ImageTable | None:
+    """The data set in a folder, or ``None`` if there is none.
+
+    Args:
+        root: written by ``datasets.save_to_disk``, or holding parquet, arrow or WebDataset tar files.
+        column: with the images; if there is none called ``"image"``, the only one of that kind.
+        split: of a data set that has several.
+
+    Raises:
+        TrainingError: it cannot be read, or has no such split or column.
+    """
+    saved = (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists()
+    kind, shards = find_shards(root, split)
+    if not saved and not shards:
+        return None
     datasets = require("datasets", "data")
+    try:
+        if saved:
+            loaded = datasets.load_from_disk(str(root))
+        else:
+            loaded = datasets.load_dataset(BUILDERS[kind], data_files={split: [str(path) for path in shards]})
+    except Exception as e:  # builders raise whatever the damage makes them raise
+        cause: BaseException = e
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise TrainingError(f"the data set in {root} cannot be read: {' '.join(str(cause).split())}") from e
     if isinstance(loaded, dict):
         if split not in loaded:
             raise TrainingError(f"{root} has no split {split!r}; it has {', '.join(map(repr, loaded))}")
         loaded = loaded[split]
     if column not in loaded.column_names:
-        raise TrainingError(f"{root} has no column {column!r}; it has {', '.join(map(repr, loaded.column_names))}")
-    # The files themselves, not decoded: damage is then found image by image, where it can be reported.
-    raw = loaded.cast_column(column, datasets.Image(decode=False))
-
-    def load(index: int) -> data.Pixels:
-        found = raw[index][column]
-        source = found["path"] if found["bytes"] is None else io.BytesIO(found["bytes"])
-        return data.decode_image(source, 1, size)
-
-    names = [f"{i:08d}" for i in range(len(raw))]
-    return ImageSource(f"{len(names)} images in {root}", names, str(raw._fingerprint), load)
+        pictures = [
+            name for name, kind in loaded.features.items()
+            if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and kind.keys() == {"bytes", "path"})
+        ]  # fmt: skip
+        if column != "image" or len(pictures) != 1:
+            raise TrainingError(f"{root} has no column {column!r}; it has {', '.join(map(repr, loaded.column_names))}")
+        column = pictures[0]
+    return ImageTable(root, loaded, column)
 
 
 def _fingerprint(entries: Sequence[tuple[str, int]]) -> str:

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqkernels.models import VQVAE
-from vqkernels.training import checkpoint, data, metrics
+from vqkernels.models import TokenModel, build_model
+from vqkernels.training import checkpoint, data, metrics, start
 from vqkernels.training.config import TrainConfig, TrainingError, require
 from vqkernels.training.process import Interrupt, make_accelerator, process_settings, seed_step
 from vqkernels.training.results import write_results
 from vqkernels.training.run_folder import RunFolder
+from vqkernels.training.steps import make_step
+from vqkernels.training.training_images import open_training_images
+from vqkernels.training.watch import warnings_of
 
 __all__ = ["Interrupted", "train"]
 
@@ -40,7 +43,7 @@ def train(
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train a VQ-VAE and write its run folder (docs/training.md lists the files).
+    """Train a model and write its run folder (docs/training.md lists the files).
 
     Args:
         config: what to train; default :class:`TrainConfig`, the demo.
@@ -71,23 +74,19 @@ def train(
             return run.train(interrupt)
 
 
-def _load_images(config: TrainConfig) -> data.Split:
-    if config.data is None:
-        return data.built_in_photographs(config.image_size, config.resize)
-    return data.image_folder(config.data, config.image_size, config.resize, config.held_out)
-
-
 class _StepBatches(torch.utils.data.Sampler[list[int]]):
-    """Numbers of the crops of every step; a process takes its share of each step's batch."""
+    """Numbers of the crops of every step; a process takes its share of each micro-batch, whatever their number is."""
 
-    def __init__(self, start: int, stop: int, batch_size: int, rank: int, world: int) -> None:
-        self.start, self.stop, self.batch_size = start, stop, batch_size
-        self.share, self.rank = batch_size // world, rank
+    def __init__(self, start: int, config: TrainConfig, rank: int, world: int) -> None:
+        self.start, self.config, self.rank = start, config, rank
+        self.part = config.batch_size // config.accumulate
+        self.share = self.part // world
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.stop):
-            first = step * self.batch_size + self.rank * self.share
-            yield list(range(first, first + self.share))
+        for step in range(self.start, self.config.steps):
+            first = step * self.config.batch_size + self.rank * self.share
+            starts = range(first, first + self.config.batch_size, self.part)
+            yield [number for start in starts for number in range(start, start + self.share)]
 
 
 class _Run:
@@ -97,26 +96,36 @@ class _Run:
         self.config, self.folder = config, folder
         self.step, self.seconds = 0, 0.0
         self.history: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": []}
+        self.warnings: list[dict[str, Any]] = []
         self.accelerator = make_accelerator(config)
         self.main = self.accelerator.is_main_process
         self.say = say if self.main else lambda line: None
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        if config.batch_size % self.world:
-            raise TrainingError(f"batch_size is {config.batch_size}; expected a multiple of the {self.world} processes")
+        if config.batch_size % (self.world * config.accumulate):
+            parts = f" times accumulate={config.accumulate}" if config.accumulate > 1 else ""
+            raise TrainingError(
+                f"batch_size is {config.batch_size}; expected a multiple of the {self.world} processes{parts}"
+            )
         self.device: torch.device = self.accelerator.device
-        self.images = _load_images(config)
+        part = config.batch_size // config.accumulate  # of which every process makes its share
+        self.images = open_training_images(
+            config.data, image_size=config.largest, resize=config.resize, held_out=config.held_out,
+            column=config.column, split=config.split, streaming=config.streaming, seed=config.seed, batch_size=part,
+            rank=self.rank, world=self.world,
+        )  # fmt: skip
         self._report_images()
         seed_step(config.seed, 0)
         try:
-            self.model = VQVAE(config.model).to(self.device)
+            model: TokenModel = build_model(config.model).to(self.device)
         except (ValueError, TypeError) as e:
             raise TrainingError(str(e)) from e
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, betas=(0.9, 0.95))
-        self.window = metrics.Window(config.heads, config.codes, self.device)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.init_from is not None and not (resume and folder.checkpoint.exists()):
+            start.load_weights_of(config.init_from, self.model)
+        self.stepper = make_step(config, self.model, self.accelerator)
+        self.window = metrics.Window(self.model.streams, self.device, self.stepper.terms)
         scaler_state = self._restore() if resume else None
-        self.engine, self.prepared = self.accelerator.prepare(self.model, self.optimizer)
+        self.stepper.prepare()
         if scaler_state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler_state)
         size = config.image_size
@@ -149,20 +158,22 @@ class _Run:
             self.say(f"no checkpoint in {self.folder.path} yet: starting at step 0")
             return None
         tensors, state = checkpoint.load_checkpoint(path)
-        checkpoint.restore_model(self.model, tensors, path)
         try:
             step, history, seconds = int(state["step"]), state["history"], float(state["seconds"])
             fingerprint, scaler = state["images"], state["scaler"]
-            self.window.restore(tensors)
+            warnings = list(state.get("warnings", ()))
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
             raise TrainingError(f"checkpoint {path} is damaged: {e!r}") from e
-        if step > 0:
-            checkpoint.restore_optimizer(self.optimizer, self.names, tensors, path)
+        self.stepper.restore(tensors, path, step)
+        try:
+            self.window.restore(tensors)
+        except (KeyError, RuntimeError) as e:
+            raise TrainingError(f"checkpoint {path} is damaged: {e!r}") from e
         if fingerprint != self._fingerprint():
             raise TrainingError(f"cannot resume {self.folder.path}: its images have changed since the checkpoint")
         if step > self.config.steps:
             raise TrainingError(f"steps is {self.config.steps}; the checkpoint {path} is already at step {step}")
-        self.step, self.history, self.seconds = step, history, seconds
+        self.step, self.history, self.seconds, self.warnings = step, history, seconds, warnings
         if not self.main:  # the main process holds the sums of all
             self.window.take()
         self.say(f"resuming at step {step}")
@@ -173,10 +184,10 @@ class _Run:
 
     def _save(self) -> None:
         self.window.reduce(self.accelerator)
+        self._stop_if(self.main and not bool(self.window.sums.isfinite().all()))
         if not self.main:
             return
-        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        tensors |= checkpoint.optimizer_tensors(self.optimizer, self.names) | self.window.tensors()
+        tensors = self.stepper.tensors() | self.window.tensors()
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
@@ -184,6 +195,7 @@ class _Run:
             "config": self.config.to_dict(),
             "images": self._fingerprint(),
             "history": self.history,
+            "warnings": self.warnings,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         checkpoint.save_checkpoint(self.folder.checkpoint, tensors, state)
@@ -194,14 +206,8 @@ class _Run:
         config, tqdm = self.config, require("tqdm").tqdm
         self.began = time.perf_counter()
         loader = torch.utils.data.DataLoader(
-            data.Crops(self.images.train, config.image_size, config.seed, config.shuffled_share),
-            batch_sampler=_StepBatches(
-                self.step,
-                config.steps,
-                config.batch_size,
-                self.rank,
-                self.world,
-            ),
+            data.Crops(self.images.train, self._sides(), config.seed, config.shuffled_share),
+            batch_sampler=_StepBatches(self.step, config, self.rank, self.world),
             num_workers=config.workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -216,33 +222,16 @@ class _Run:
                 self._after_step(interrupt, progress, board)
         return self._finish()
 
+    def _sides(self) -> int | data.StepSides:
+        config = self.config
+        return data.StepSides(config.sizes, config.seed, config.batch_size) if config.sizes else config.image_size
+
     def _step(self, batch: Tensor) -> None:
         seed_step(self.config.seed, self.step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
         images = metrics.to_unit(batch, self.device).contiguous(memory_format=torch.channels_last)
-        out = self.engine(images)
-        reconstruction = torch.nn.functional.mse_loss(out.reconstruction.float(), images)
-        loss = reconstruction + self.config.codebook_weight * out.quantizer.loss
-        self.prepared.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        self.prepared.step()
+        terms, counts = self.stepper.run(images, self.step)
         self.step += 1
-        terms = {
-            "loss": loss,
-            "reconstruction": reconstruction,
-            "codebook": out.quantizer.codebook_loss,
-            "commitment": out.quantizer.commitment_loss,
-        }
-        self.window.add(terms, metrics.count_codes(out.quantizer.indices, self.config.model))
-
-    def _learning_rate(self) -> float:
-        """Linear warm-up over 2 % of the steps, then a cosine down to 5 %; a function of the step alone."""
-        warm_up = max(1, self.config.steps // 50)
-        if self.step < warm_up:
-            return self.config.lr * (self.step + 1) / warm_up
-        progress = (self.step - warm_up) / max(1, self.config.steps - warm_up)
-        return self.config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+        self.window.add(terms, counts)
 
     def _after_step(self, interrupt: Interrupt, progress: Any, board: Any) -> None:
         config, last = self.config, self.step == self.config.steps
@@ -251,20 +240,21 @@ class _Run:
         evaluated = self.step % config.eval_every == 0 or last
         if evaluated and self.main:
             line = {"step": self.step, **metrics.evaluate(
-                self.model, self.eval_crops, self.eval_names, self.device, config.batch_size
+                self.stepper.evaluated, self.eval_crops, self.eval_names, self.device, config.batch_size
             )}  # fmt: skip
             self.history["held_out"].append(line)
             self._write_board(board, "held_out", line)
             progress.write(
                 f"step {self.step}: held-out PSNR {line['psnr']:.2f} dB, SSIM {line['ssim']:.3f}, "
-                f"usage {line['usage']:.0%}, perplexity {line['perplexity']:.0f}",
+                f"sharpness {line['sharpness']:.2f}, usage {line['usage']:.0%}, perplexity {line['perplexity']:.0f}",
                 file=sys.stderr,
             )
         stopping = self._agree(interrupt.requested)
-        if self.step % config.checkpoint_every == 0 or last or stopping:
-            self._save()
+        # Before the checkpoint: whoever resumes from it must find the best model of the evaluations that it knows of.
         if evaluated and not last and self.main:
             self._write_results(finished=False)
+        if self.step % config.checkpoint_every == 0 or last or stopping:
+            self._save()
         self.accelerator.wait_for_everyone()
         if stopping and not last:
             raise Interrupted(
@@ -274,32 +264,39 @@ class _Run:
 
     def _agree(self, requested: bool) -> bool:
         """Whether to stop now; with several processes all find out at the same step."""
-        if self.world == 1:
-            return requested
-        if self.step % self.config.log_every:
+        if self.world > 1 and self.step % self.config.log_every:
             return False
-        votes = self.accelerator.reduce(torch.tensor(float(requested), device=self.device), "sum")
-        return bool(votes.item())
+        return self._any(requested)
 
     def _log(self, progress: Any, board: Any) -> None:
         self.window.reduce(self.accelerator)
-        failed = torch.zeros((), device=self.device)
+        failed = False
         if self.main:
             line = {"step": self.step, **self.window.take()}
-            failed += float(not math.isfinite(line["loss"]))
+            failed = not math.isfinite(line["loss"])
             self.history["train"].append(line)
+            for warning in warnings_of(self.history["train"], self.warnings):
+                self.warnings.append(warning)
+                progress.write(f"step {self.step}: warning: {warning['message']}", file=sys.stderr)
             self._write_board(board, "train", line)
             progress.set_postfix_str(
                 f"recon {line['reconstruction']:.4f}, commit {line['commitment']:.4f}, "
                 f"PSNR {line['psnr']:.1f} dB, usage {line['usage']:.0%}, perplexity {line['perplexity']:.0f}"
             )
-        if self.world > 1:
-            failed = self.accelerator.reduce(failed, "sum")
-        if failed.item():
+        self._stop_if(failed)
+
+    def _stop_if(self, failed: bool) -> None:
+        """Raise in all processes if the main one has seen a loss that is not finite."""
+        if self._any(failed):
             kept = (
                 f"; the checkpoint {self.folder.checkpoint} is from before" if self.folder.checkpoint.exists() else ""
             )
             raise TrainingError(f"the loss is not finite at step {self.step}: try --lr below {self.config.lr}{kept}")
+
+    def _any(self, here: bool) -> bool:
+        if self.world == 1:
+            return here
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.device), "sum").item())
 
     # TensorBoard
 
@@ -325,9 +322,10 @@ class _Run:
         return write_results(
             self.folder,
             self.config,
-            self.model,
+            self.stepper.evaluated,
             self.images,
             self.history,
+            warnings=self.warnings,
             finished=finished,
             processes=self.world,
             seconds=self._elapsed(),
@@ -340,7 +338,8 @@ class _Run:
             last = result["final"]
             self.say(
                 f"held-out: PSNR {last['psnr']:.2f} dB (pooled {last['psnr_pooled']:.2f}), SSIM {last['ssim']:.3f}, "
-                f"codebook usage {last['usage']:.1%}, perplexity {last['perplexity']:.0f} of {self.config.codes}\n"
+                f"sharpness {last['sharpness']:.2f}, codebook usage {last['usage']:.1%}, "
+                f"perplexity {last['perplexity']:.0f} of {self.model.streams[0].codes}\n"
                 f"{result['timing']['seconds']:.0f} s on {result['environment']['device']}, "
                 f"backend {result['environment']['backend']}\n"
                 f"wrote {self.folder.samples}, {self.folder.curves}, {self.folder.metrics}, {self.folder.model}"

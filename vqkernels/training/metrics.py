@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqkernels.models import VQVAE, VQVAEConfig
+from vqkernels.models import TokenModel, TokenStream
 from vqkernels.nn import statistics
+from vqkernels.training import quality
 from vqkernels.training.config import require
 
-__all__ = ["TERMS", "Window", "code_statistics", "count_codes", "evaluate", "to_unit"]
+__all__ = ["TERMS", "Window", "code_statistics", "count_codes", "evaluate", "score", "to_unit"]
 
 TERMS = ("loss", "reconstruction", "codebook", "commitment")
 
@@ -38,20 +39,44 @@ def code_statistics(counts: Tensor) -> tuple[float, float]:
     return statistics.usage(counts).mean().item(), statistics.perplexity(counts).mean().item()
 
 
-def count_codes(indices: Tensor, config: VQVAEConfig) -> Tensor:
-    """How often each code was chosen, int64 (H, K).
+def count_codes(indices: Tensor | Sequence[Tensor], streams: Sequence[TokenStream]) -> list[Tensor]:
+    """How often each code was chosen, int64 (P, K) for every stream.
 
     Args:
-        indices: (B, h, w), with a last dim of H if there are several heads.
-        config: of the model.
+        indices: (B, h, w), with a last dim of P tokens per place if there are several; one tensor per stream.
+        streams: of the model.
     """
-    by_head = indices.movedim(-1, 0) if config.heads > 1 else indices[None]
-    return statistics.count_codes(by_head, config.codes)
+    grids = [indices] if isinstance(indices, Tensor) else indices
+    return [
+        statistics.count_codes(grid.movedim(-1, 0) if stream.per_place > 1 else grid[None], stream.codes)
+        for grid, stream in zip(grids, streams, strict=True)
+    ]
+
+
+def no_counts(streams: Sequence[TokenStream], device: torch.device) -> list[Tensor]:
+    """Zeros of the shapes of :func:`count_codes`."""
+    return [torch.zeros(s.per_place, s.codes, dtype=torch.int64, device=device) for s in streams]
+
+
+def describe_counts(counts: Sequence[Tensor]) -> dict[str, Any]:
+    """``usage`` and ``perplexity`` of the first stream, and with several streams lists of all."""
+    found = [code_statistics(c) for c in counts]
+    line: dict[str, Any] = {"usage": found[0][0], "perplexity": found[0][1]}
+    if len(found) > 1:
+        line |= {"usage_by_stream": [u for u, _ in found], "perplexity_by_stream": [p for _, p in found]}
+    return line
+
+
+def score(line: Mapping[str, Any], adversarial: bool) -> float:
+    """What the best model is chosen by: PSNR, and for a VQGAN 5 dB less for every factor of two in sharpness."""
+    if not adversarial:
+        return float(line["psnr"])
+    return float(line["psnr"]) - 5 * abs(math.log2(max(line["sharpness"], 1e-6)))
 
 
 @torch.no_grad()
 def evaluate(
-    model: VQVAE, crops: Tensor, names: Sequence[str], device: torch.device, batch_size: int
+    model: TokenModel, crops: Tensor, names: Sequence[str], device: torch.device, batch_size: int
 ) -> dict[str, Any]:
     """Reconstruct held-out crops and measure.
 
@@ -64,13 +89,16 @@ def evaluate(
 
     Returns:
         ``psnr`` (mean over crops, dB), ``psnr_pooled`` (of the mean squared error over all pixels), ``ssim``, ``mse``
-        (of values in [0, 1]), ``usage``, ``perplexity``, ``psnr_by_image``; reconstructions are clamped to [0, 1].
+        (of values in [0, 1]), ``usage``, ``perplexity``, ``psnr_by_image``; ``sharpness``: detail of reconstructions as
+        a share of the originals' (:func:`vqkernels.training.quality.sharpness`), of all crops of an image together,
+        then the mean over images. Reconstructions are clamped to [0, 1].
     """
     image = require("torchmetrics.functional.image")
     training = model.training
     model.eval()
     try:
-        errors, similarity, counts = [], [], torch.zeros(model.config.heads, model.config.codes, dtype=torch.int64)
+        errors, similarity, details = [], [], []
+        counts = no_counts(model.streams, torch.device("cpu"))
         psnr: list[Tensor] = []
         for start in range(0, len(crops), batch_size):
             originals = to_unit(crops[start : start + batch_size], device)
@@ -84,20 +112,26 @@ def evaluate(
             similarity.append(
                 image.structural_similarity_index_measure(restored, originals, data_range=1.0, reduction="none")
             )
-            counts += count_codes(out.quantizer.indices, model.config).cpu()
+            details += [
+                (quality.detail(r), quality.detail(o)) for r, o in zip(restored.cpu(), originals.cpu(), strict=True)
+            ]
+            found = count_codes(out.quantizer.indices, model.streams)
+            counts = [a + b.cpu() for a, b in zip(counts, found, strict=True)]
     finally:
         model.train(training)
     per_crop = torch.stack(psnr).double().cpu()
     mse = torch.cat(errors).mean().item()
-    usage, perplexity = code_statistics(counts)
-    by_image = {n: per_crop[[i for i, m in enumerate(names) if m == n]].mean().item() for n in dict.fromkeys(names)}
+    crops_of = {n: [i for i, m in enumerate(names) if m == n] for n in dict.fromkeys(names)}
+    by_image = {n: per_crop[of].mean().item() for n, of in crops_of.items()}
+    pooled = [tuple(sum(details[i][which] for i in of) for which in (0, 1)) for of in crops_of.values()]
+    sharpness = [mine / max(reference, quality.LEAST_DETAIL) for mine, reference in pooled]
     return {
         "psnr": per_crop.mean().item(),
         "psnr_pooled": -10 * math.log10(max(mse, 1e-12)),
         "ssim": torch.cat(similarity).double().mean().item(),
         "mse": mse,
-        "usage": usage,
-        "perplexity": perplexity,
+        "sharpness": sum(sharpness) / len(sharpness),
+        **describe_counts(counts),
         "psnr_by_image": by_image,
     }
 
@@ -106,42 +140,51 @@ class Window:
     """Means of the loss terms and counts of the codes since the last line of the log; no host sync until it is read.
 
     Args:
-        heads, codes: of the quantizer.
+        streams: of the model.
         device: where the losses live.
+        terms: names of the loss terms; one that a step lacks counts in no mean.
     """
 
-    def __init__(self, heads: int, codes: int, device: torch.device) -> None:
-        self.sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(heads, codes, dtype=torch.int64, device=device)
+    def __init__(self, streams: Sequence[TokenStream], device: torch.device, terms: Sequence[str] = TERMS) -> None:
+        self.terms = tuple(terms)
+        self.sums = torch.zeros(2, len(self.terms), dtype=torch.float64, device=device)
+        self.counts = no_counts(streams, device)
 
-    def add(self, terms: Mapping[str, Tensor], counts: Tensor) -> None:
-        """One step's loss terms (0-d) and code counts (H, K)."""
-        values = [terms[name].detach().double() for name in TERMS]
-        self.sums += torch.stack([*values, torch.ones_like(values[0])])
-        self.counts += counts
+    def add(self, terms: Mapping[str, Tensor], counts: Sequence[Tensor]) -> None:
+        """One step's loss terms (0-d) and code counts (P, K)."""
+        here = next(iter(terms.values())).detach().double()
+        values = [terms[n].detach().double() if n in terms else torch.zeros_like(here) for n in self.terms]
+        present = torch.tensor([float(n in terms) for n in self.terms], dtype=torch.float64)
+        self.sums += torch.stack([torch.stack(values), present.to(self.sums.device)])
+        for mine, new in zip(self.counts, counts, strict=True):
+            mine += new
 
     def reduce(self, accelerator: Any) -> None:
         """Gather all processes' sums on the main process; the others start again at zero."""
         if accelerator.num_processes > 1:
             keep = 1 if accelerator.is_main_process else 0
             self.sums = accelerator.reduce(self.sums, "sum") * keep
-            self.counts = accelerator.reduce(self.counts, "sum") * keep
+            self.counts = [accelerator.reduce(c, "sum") * keep for c in self.counts]
 
-    def take(self) -> dict[str, float]:
-        """The means, PSNR of the mean reconstruction error, usage and perplexity; then start again."""
-        *sums, steps = self.sums.tolist()
-        line = {name: value / max(steps, 1) for name, value in zip(TERMS, sums, strict=True)}
-        line["psnr"] = -10 * math.log10(line["reconstruction"]) if line["reconstruction"] > 0 else math.inf
-        line["usage"], line["perplexity"] = code_statistics(self.counts)
+    def take(self) -> dict[str, Any]:
+        """The means, PSNR of the mean squared error, usage and perplexity; then start again."""
+        sums, present = self.sums.tolist()
+        line: dict[str, Any] = {
+            n: s / max(c, 1) for n, s, c in zip(self.terms, sums, present, strict=True) if c or n in TERMS
+        }
+        mse = line.get("l2", line["reconstruction"])
+        line["psnr"] = -10 * math.log10(mse) if mse > 0 else math.inf
+        line |= describe_counts(self.counts)
         self.sums.zero_()
-        self.counts.zero_()
+        for c in self.counts:
+            c.zero_()
         return line
 
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint."""
-        return {"window.sums": self.sums, "window.counts": self.counts}
+        return {"window.sums": self.sums, **{f"window.counts.{i}": c for i, c in enumerate(self.counts)}}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put :meth:`tensors` back."""
-        self.sums.copy_(tensors["window.sums"])
-        self.counts.copy_(tensors["window.counts"])
+        for name, t in self.tensors().items():
+            t.copy_(tensors[name])

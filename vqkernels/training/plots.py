@@ -107,10 +107,13 @@ def curves(path: Path, history: Mapping[str, Sequence[Mapping[str, Any]]], codes
     # The codebook and the commitment loss have the same value by definition (only their gradients differ): one curve.
     for name, label, color in (
         ("loss", "total", "C7"),
-        ("reconstruction", "reconstruction (mean squared error)", "C0"),
+        (("l2", "mean squared error", "C0") if any("l2" in line for line in train) else
+         ("reconstruction", "reconstruction (mean squared error)", "C0")),
         ("commitment", "quantization, mean (z - e)^2", "C1"),
-    ):
-        if any(line[name] > 0 for line in train):  # else there is nothing to show on a logarithmic axis
+        ("perceptual", "perceptual", "C4"),
+        ("discriminator", "discriminator", "C2"),
+    ):  # fmt: skip
+        if any(line.get(name, 0) > 0 for line in train):  # else there is nothing to show on a logarithmic axis
             draw(losses, train, name, color=color, label=label, linewidth=1.2)
     losses.set(title="Loss terms (training batches)", yscale="log")
     for axes, name, heading in (

@@ -6,7 +6,8 @@ Called by :mod:`vqkernels.training.evaluate`; the page itself is ``report.html.j
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,29 @@ from vqkernels.training.image_source import ImageSource, fit
 __all__ = ["write_report"]
 
 SHOWN, WORST, SIDE = 6, 2, 192
-# name in the results, heading, digits, whether more is better, what it says
+
+
+def _more(value: float) -> float:
+    return value
+
+
+def _less(value: float) -> float:
+    return -value
+
+
+def _near_one(value: float) -> float:
+    return -abs(math.log(max(value, 1e-12)))
+
+
+# name in the results, heading, digits, what is better, what it says
 COLUMNS = (
-    ("psnr", "PSNR, dB", 2, True, "mean over images; 1 dB is 21 % less squared error"),
-    ("ssim", "SSIM", 4, True, "structural similarity, 1 is equal"),
-    ("ms_ssim", "MS-SSIM", 4, True, "the same over five scales"),
-    ("mse", "MSE", 5, False, "of values in [0, 1]"),
-    ("lpips", "LPIPS", 4, False, "learned perceptual distance"),
-    ("rfid", "rFID", 2, False, "Fréchet distance of Inception features"),
+    ("psnr", "PSNR, dB", 2, _more, "mean over images; 1 dB is 21 % less squared error"),
+    ("ssim", "SSIM", 4, _more, "structural similarity, 1 is equal"),
+    ("ms_ssim", "MS-SSIM", 4, _more, "the same over five scales"),
+    ("mse", "MSE", 5, _less, "of values in [0, 1]"),
+    ("sharpness", "sharpness", 3, _near_one, "variance of the Laplacian, of the original's: below 1 is blurred"),
+    ("lpips", "LPIPS", 4, _less, "learned perceptual distance"),
+    ("rfid", "rFID", 2, _less, "Fréchet distance of Inception features"),
 )
 
 
@@ -82,31 +98,33 @@ def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per metric, a cell per model; the best of several is marked."""
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, note: str, values: Sequence[float | None], digits: int, better: bool | None) -> None:
+    def add(
+        name: str, note: str, values: Sequence[float | None], digits: int, better: Callable[[float], float] | None
+    ) -> None:
         known = [v for v in values if v is not None]
         if not known:
             return
-        best = None if better is None or len(known) < 2 or len(set(known)) < 2 else (max if better else min)(known)
+        best = None if better is None or len(set(known)) < 2 else max(known, key=better)
         cells = [{"text": "–" if v is None else f"{v:.{digits}f}", "best": v is not None and v == best} for v in values]
         rows.append({"name": name, "note": note, "cells": cells})
 
     for key, name, digits, better, note in COLUMNS:
         add(name, note, [r["quality"].get(key, {}).get("mean") for r in results], digits, better)
     add("PSNR, spread", "standard deviation over images", [r["quality"]["psnr"]["std"] for r in results], 2, None)
-    add("bits per pixel", "tokens as they are", [r["bits_per_pixel"] for r in results], 4, False)
+    add("bits per pixel", "tokens as they are", [r["bits_per_pixel"] for r in results], 4, _less)
     coded = [sum(s["bits_per_pixel_entropy_coded"] for s in r["streams"]) for r in results]
-    add("bits per pixel, entropy coded", "at the entropy of these images' tokens", coded, 4, False)
+    add("bits per pixel, entropy coded", "at the entropy of these images' tokens", coded, 4, _less)
     for i in range(max(len(r["streams"]) for r in results)):
         streams = [r["streams"][i] if i < len(r["streams"]) else None for r in results]
         which = f", stream {i}" if max(len(r["streams"]) for r in results) > 1 else ""
         add(f"codes{which}", "K", [s and s["codes"] for s in streams], 0, None)
-        add(f"usage{which}, %", "codes chosen at least once", [s and 100 * s["usage"] for s in streams], 1, True)
+        add(f"usage{which}, %", "codes chosen at least once", [s and 100 * s["usage"] for s in streams], 1, _more)
         add(
             f"perplexity{which}",
             "equally frequent codes of the same entropy",
             [s and s["perplexity"] for s in streams],
             1,
-            True,
+            _more,
         )
         add(f"entropy{which}, bits", "per token", [s and s["entropy_bits"] for s in streams], 2, None)
     kept = [
@@ -129,7 +147,7 @@ def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     add("parameters, million", "", [r["parameters"] / 1e6 for r in results], 2, None)
     for what in ("encode", "decode"):
         speed = [r["timing"][f"{what}_images_per_second"] for r in results]
-        add(f"{what}, images/s", "one image at a time, on this machine", speed, 1, True)
+        add(f"{what}, images/s", "one image at a time, on this machine", speed, 1, _more)
     return rows
 
 

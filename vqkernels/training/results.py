@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import vqkernels
-from vqkernels.models import VQVAE
+from vqkernels.models import TokenModel
 from vqkernels.training import data, metrics, plots
 from vqkernels.training.config import TrainConfig
 from vqkernels.training.run_folder import RunFolder, write_json
@@ -26,10 +26,11 @@ SAMPLES = 8
 def write_results(
     folder: RunFolder,
     config: TrainConfig,
-    model: VQVAE,
+    model: TokenModel,
     images: data.Split,
     history: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
+    warnings: Sequence[Mapping[str, Any]] = (),
     finished: bool,
     processes: int,
     seconds: float,
@@ -42,6 +43,7 @@ def write_results(
         model: as it is now.
         images: their held-out side is drawn.
         history: "train" and "held_out"; the last held-out line becomes "final".
+        warnings: given so far.
         finished: whether this is the end of the run.
         processes: how many trained together.
         seconds: spent so far.
@@ -52,18 +54,23 @@ def write_results(
     Raises:
         OSError: the folder cannot be written.
     """
-    last = history["held_out"][-1]
+    last, stream = history["held_out"][-1], model.streams[-1]
+    adversarial = config.discriminator_config is not None
+    scores = [metrics.score(line, adversarial) for line in history["held_out"]]
+    best = max(range(len(scores)), key=scores.__getitem__)
     title = (
         f"step {last['step']}: held-out PSNR {last['psnr']:.2f} dB, SSIM {last['ssim']:.3f}, "
-        f"{config.downsample}x downsampling, {config.codes} codes"
+        f"{stream.downsample}x downsampling, {model.streams[0].codes} codes"
     )
-    originals, names = data.sample_crops(images.held_out, config.image_size, config.downsample, SAMPLES)
+    originals, names = data.sample_crops(images.held_out, config.image_size, model.multiple, SAMPLES)
     restored = _reconstruct(model, originals)
     errors = (restored.double() - originals.double()).div(255).square().mean((1, 2, 3)).clamp(min=1e-12)
     labels = [f"{name} {-10 * math.log10(error):.1f} dB" for name, error in zip(names, errors.tolist(), strict=True)]
     plots.sample_grid(folder.samples, originals, restored, labels, title)
-    plots.curves(folder.curves, history, config.codes, title)
+    plots.curves(folder.curves, history, model.streams[0].codes, title)
     model.save_pretrained(folder.model)
+    if best == len(scores) - 1:
+        model.save_pretrained(folder.best)
     described: dict[str, Any] = {
         "train": len(images.train),
         "held_out": len(images.held_out),
@@ -75,9 +82,15 @@ def write_results(
         "finished": finished,
         "step": last["step"],
         "final": last,
+        "best": {
+            "step": history["held_out"][best]["step"],
+            "score": scores[best],
+            "by": "psnr - 5 |log2 sharpness|" if adversarial else "psnr",
+        },
+        "warnings": list(warnings),
         "images": described,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "bits_per_pixel": config.heads * math.log2(config.codes) / config.downsample**2,
+        "bits_per_pixel": model.bits_per_pixel,
         "environment": _environment(model, processes),
         "history": history,
         # The only part that differs between two runs with the same seed on the same machine.
@@ -90,7 +103,7 @@ def write_results(
     return result
 
 
-def _environment(model: VQVAE, processes: int) -> dict[str, Any]:
+def _environment(model: TokenModel, processes: int) -> dict[str, Any]:
     device = next(model.parameters()).device
     row = torch.zeros(1, model.config.dim, device=device)
     return {
@@ -104,7 +117,7 @@ def _environment(model: VQVAE, processes: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _reconstruct(model: VQVAE, images: Tensor) -> Tensor:
+def _reconstruct(model: TokenModel, images: Tensor) -> Tensor:
     """uint8 to uint8, one image at a time: they are larger than the training crops."""
     device, training = next(model.parameters()).device, model.training
     model.eval()

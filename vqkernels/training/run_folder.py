@@ -33,6 +33,7 @@ class RunFolder:
         self.samples = self.path / "samples.png"
         self.curves = self.path / "curves.png"
         self.model = self.path / "model"
+        self.best = self.path / "best"
         self.tensorboard = self.path / "tensorboard"
 
     def read_config(self) -> TrainConfig:
@@ -100,7 +101,7 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
-        for folder in (self.path, self.model):
+        for folder in (self.path, self.model, self.best):
             for file in folder.glob(".*.tmp"):
                 file.unlink(missing_ok=True)
 
@@ -114,7 +115,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in (self.checkpoint, self.metrics, self.samples, self.curves):
                 file.unlink(missing_ok=True)
-            for folder in (self.model, self.tensorboard):
+            for folder in (self.model, self.best, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
             self.sweep()
             self.write_config(config)

@@ -1,0 +1,202 @@
+"""Adversarial training that is cut, killed or spread over processes ends with the same bits, or the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_vqgan import MODEL, quiet, same, small_config, started, tensors, without_timing, write_photos
+
+from vqkernels.models import load_model
+from vqkernels.training import TrainConfig, loop, plots, train
+from vqkernels.training.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def config(photos: Path, tmp_path: Path) -> TrainConfig:
+    return small_config(photos, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(plots, "curves", lambda path, *_: path.write_bytes(b""))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"discriminator": {"channels": 8, "layers": 1, "scales": 2, "attention": True}},
+        {"accumulate": 2, "clip": 0.5, "average": 0.9, "sizes": [32, 48]},
+        {"loss": {"discriminator_start": 1, "lecam": 0.1, "r1": 1.0, "adversarial": "non_saturating"}},
+        {"model_options": {**MODEL, "residual_levels": 2, "coarse_factor": 2}, "loss": {"adversarial": "vanilla"}},
+        {"stage": "vqvae"},
+        {"precision": "bf16"},
+    ],
+    ids=["scales", "accumulate", "regularised", "hybrid", "vqvae", "bf16"],
+)
+def test_resuming_gives_the_bits_of_an_uninterrupted_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    config = TrainConfig.from_dict(config.to_dict() | changes)
+    train(config, say=quiet)
+    cut = replace(config, output=str(tmp_path / "cut"))
+    original = loop._Run._step
+
+    class Killed(BaseException):
+        pass
+
+    def wrapped(self: Any, batch: torch.Tensor) -> None:
+        if self.step == 6:
+            raise Killed
+        original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", wrapped)
+        with pytest.raises(Killed):
+            train(cut, say=quiet)
+    assert load_checkpoint(Path(cut.output) / "checkpoint.safetensors")[1]["step"] == 4
+    train(cut, resume=True, say=quiet)
+    assert same(tensors(config), tensors(cut))
+    assert without_timing(config) == without_timing(cut)
+    for name in ("model", "best"):
+        a, b = (load_model(Path(c.output) / name).state_dict() for c in (config, cut))
+        assert same(a, b)
+
+
+# A process that has imported everything forks the ones to be killed: a tenth of the time of fresh ones.
+KILLS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import accelerate, safetensors.torch, torch._dynamo, torchmetrics.functional.image
+from vqkernels.models import load_model
+from vqkernels.training import TrainConfig, plots, train
+from vqkernels.training.checkpoint import load_checkpoint
+
+plots.curves = lambda path, *_: path.write_bytes(b"")  # slower than the training
+config = TrainConfig.from_dict(json.loads(sys.argv[1]))
+folder, draw, kills = Path(config.output), random.Random(3), 0
+
+def begin():
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no progress bar
+        train(config, resume=(folder / "config.json").exists(), say=lambda line: None)
+        os._exit(0)
+    return child
+
+def processor_time(child):
+    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+while kills < 10:
+    child, moment = begin(), draw.uniform(0, float(sys.argv[2]))
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if processor_time(child) >= moment:  # not the clock's: other processes run beside this one
+            os.kill(child, signal.SIGKILL)
+            kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            break
+        time.sleep(0.002)
+    # What lies under its final name is whole.
+    for name in ("config.json", "metrics.json"):
+        if (folder / name).exists():
+            json.loads((folder / name).read_text())
+    if (folder / "checkpoint.safetensors").exists():
+        print(load_checkpoint(folder / "checkpoint.safetensors")[1]["step"], flush=True)
+    for name in ("model", "best"):
+        if (folder / name / "model.safetensors").exists():
+            load_model(folder / name)
+assert os.waitpid(begin(), 0)[1] == 0
+print("ended")
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_it_ends_with_the_same_bits(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, steps=40, eval_every=5, checkpoint_every=2, average=0.9, loss={"discriminator_start": 10})
+    began = time.process_time()
+    train(config, say=quiet)
+    killed = replace(config, output=str(tmp_path / "killed"))
+    seconds = str(0.4 * (time.process_time() - began))
+    command = [sys.executable, "-c", KILLS, json.dumps(killed.to_dict()), seconds]
+    found = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert found.returncode == 0, found.stderr
+    *reached, last = found.stdout.split()
+    assert last == "ended"
+    assert len(set(reached)) > 3  # it was killed at different steps
+    assert same(tensors(config), tensors(killed))
+    assert without_timing(config) == without_timing(killed)
+    for name in ("model", "best"):
+        a, b = ((Path(c.output) / name / "model.safetensors").read_bytes() for c in (config, killed))
+        assert a == b
+    assert not list(Path(killed.output).rglob(".*.tmp"))
+
+
+# A gradient that is nothing but rounding still makes Adam take a step of full length, and a code that flips changes
+# more than rounding: both runs would part whatever computes them. A larger eps makes the steps a smooth function of
+# the gradients, a small rate keeps the runs together long enough to be compared.
+SMOOTH = """
+import functools, sys, torch
+torch.optim.Adam = functools.partial(torch.optim.Adam, eps=1e-3)
+from vqkernels.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "smooth.py"
+    script.write_text(SMOOTH)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    found = {}
+    for name, how in (("one", ()), ("two", launch)):
+        found[name] = replace(
+            config, output=str(tmp_path / name), steps=20, log_every=5, eval_every=20, checkpoint_every=20,
+            lr=3e-5, batch_size=8, average=0.9, accumulate=2, clip=1.0,
+            loss={"discriminator_start": 3, "lecam": 0.1, "r1": 0.5},
+        )  # fmt: skip
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(json.dumps(found[name].to_dict()))
+        command = [sys.executable, *how, str(script), "--config", str(file)]
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("held-out: PSNR") == 1
+    one, two = tensors(found["one"]), tensors(found["two"])
+    assert one.keys() == two.keys()
+    assert any(name.startswith("discriminator.") for name in one)
+    for name in one:
+        if name.startswith(("model.", "discriminator.", "average.", "lecam.")):
+            torch.testing.assert_close(
+                two[name], one[name], rtol=1e-4, atol=2e-6, msg=lambda t, name=name: f"{name}: {t}"
+            )
+    # They did move, and far more than that.
+    fresh = started(replace(config, output=str(tmp_path / "fresh"), lr=3e-5), monkeypatch).stepper
+    for prefix, module in (("model.", fresh.model), ("discriminator.", fresh.critic)):
+        moved = [(one[prefix + n] - p).abs().max().item() for n, p in module.named_parameters()]
+        assert max(moved) > 1e-4
+    lines = [without_timing(c)["history"]["train"] for c in found.values()]
+    for name in ("reconstruction", "discriminator", "adaptive_weight", "lecam"):
+        assert [line[name] for line in lines[1] if name in line] == pytest.approx(
+            [line[name] for line in lines[0] if name in line], rel=1e-3
+        )
