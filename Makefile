@@ -7,6 +7,9 @@ ARGS ?=
 # Tests run in this many processes of one thread each: half the time of one process with as many threads.
 WORKERS ?= auto
 
+# Tests start many processes: they should not compile what they import each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

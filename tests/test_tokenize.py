@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Attention included: its products round differently for every batch size."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    found = build_model("tiny-vqgan")
+    found = build_model("tiny-vqgan", middle_attention=True)
     with torch.no_grad():  # codes among the latents, so that tokens differ
         images = torch.rand(2, 3, 64, 64)
         found.initialize(images)  # type: ignore[attr-defined]

@@ -41,8 +41,8 @@ PRESETS: dict[str, ModelConfig] = {
     # For laptops and tests: 4x reduction.
     "tiny": VQVAEConfig(base_channels=16, max_channels=32, residual_channels=16, codes=256, dim=16, quantizer=_EMA),
     "tiny-vqgan": VQGANConfig(
-        channels=16, multipliers=(1, 2, 2), blocks=1, attention_factors=(), z_channels=32, codes=256, dim=16,
-        quantizer=_EMA, norm_groups=8,
+        channels=16, multipliers=(1, 2, 2), blocks=1, attention_factors=(), middle_attention=False, z_channels=32,
+        codes=1024, dim=16, quantizer=_EMA, norm_groups=2,
     ),
 }  # fmt: skip
 
