@@ -37,7 +37,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "vqvae-cifar": {"image_size": 32, "batch_size": 32, "lr": 3e-4, "steps": 50_000},
     # Razavi et al. (2019), appendix A.
     "vqvae2-256": {"image_size": 256, "batch_size": 128, "lr": 3e-4, "steps": 2_200_000},
-    # A few minutes on two cores and a dozen photographs: the codebook has to follow the encoder within hundreds of steps,
+    # A few minutes on two cores and a dozen photographs: the codebook has to follow the encoder in hundreds of steps,
     # squares pull colours into place sooner than absolute values, and permuted colours would take too long to learn.
     "tiny-vqgan": {
         "image_size": 48, "batch_size": 24, "steps": 1500, "shuffle_channels": 0.0, "discriminator_lr": 5e-4,
