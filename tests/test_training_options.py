@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from vqkernels.cli import main
-from vqkernels.models import VQGANConfig, VQVAE2Config
+from vqkernels.models import VQGANConfig, VQVAE2Config, build_model
 from vqkernels.models.presets import PRESETS
-from vqkernels.training import TrainConfig, TrainingError
+from vqkernels.training import TrainConfig, TrainingError, train
 from vqkernels.training.watch import warnings_of
 from vqkernels.training.yaml_config import merge_options
 
@@ -122,6 +122,18 @@ def test_flags_win_over_set_over_file_over_recipe(tmp_path: Path) -> None:
     assert merge_options({}, str(file), [], {})["loss"]["lecam"] == 4  # a reference
 
 
+def test_the_file_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    file = tmp_path / "my.yaml"
+    file.write_text(text.partition("```yaml")[2].partition("```")[0])
+    config = TrainConfig.from_dict(merge_options({}, str(file), ["loss.lecam=0.1"], {"steps": 20_000}))
+    assert (config.accumulate, config.steps, config.sizes) == (4, 20_000, (192, 256, 320))
+    assert config.loss_config is not None
+    assert config.discriminator_config is not None
+    assert (config.loss_config.lecam, config.loss_config.perceptual) == (0.1, "lpips")
+    assert build_model(config.model, channels=32).bits_per_pixel == 2 * 13 / 64
+
+
 def test_a_resumed_run_keeps_its_options_and_takes_new_ones(tmp_path: Path) -> None:
     base = TrainConfig.from_preset("vqvae-cifar", lr=1e-3).to_dict()
     values = merge_options(base, None, ["steps=60000"], {"output": "elsewhere"})
@@ -167,6 +179,16 @@ def test_command_line_refuses_in_one_line(tmp_path: Path, capfd: pytest.CaptureF
         errors = capfd.readouterr().err
         assert (errors.count("\n"), words in errors) == (1, True), errors
         assert not (tmp_path / "run").exists()
+
+
+def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(TrainingError, match="configured for FSDP, which is not supported"):
+        train(TrainConfig(output=str(tmp_path / "run"), device="cpu"), say=lambda line: None)
+    assert not (tmp_path / "run").exists()
 
 
 # Early warnings

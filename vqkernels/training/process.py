@@ -20,6 +20,9 @@ from vqkernels.training.config import TrainConfig, TrainingError, require
 
 __all__ = ["Interrupt", "make_accelerator", "process_settings", "seed_step"]
 
+# Checkpoints, moving averages and the gradient at the last layer need whole parameters.
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
 
 def seed_step(seed: int, step: int) -> None:
     """Seed torch for one step, so that a resumed run draws what an uninterrupted one would have drawn.
@@ -73,7 +76,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         config: ``device`` and ``precision`` are used.
 
     Raises:
-        TrainingError: the device or the precision is not available here.
+        TrainingError: the device or the precision is not available here, or parameters would be sharded.
     """
     accelerate, state = require("accelerate"), require("accelerate.state")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -83,13 +86,18 @@ def make_accelerator(config: TrainConfig) -> Any:
     state.AcceleratorState._reset_state(reset_partial_state=False)
     ddp = require("accelerate.utils").DistributedDataParallelKwargs(broadcast_buffers=False)
     try:
-        return accelerate.Accelerator(
+        found = accelerate.Accelerator(
             cpu=config.device == "cpu",
             mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
             kwargs_handlers=[ddp],
         )
     except (ValueError, RuntimeError) as e:
         raise TrainingError(f"precision {config.precision} on device {config.device}: {e}") from e
+    kind = str(found.distributed_type).rpartition(".")[2]
+    if kind in SHARDING:
+        raise TrainingError(f"accelerate is configured for {kind}, which is not supported: the models are trained with "
+                            "DDP (accelerate launch --multi_gpu)")  # fmt: skip
+    return found
 
 
 class Interrupt:
