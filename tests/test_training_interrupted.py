@@ -171,7 +171,7 @@ def test_two_processes_train_like_one(config: TrainConfig, tmp_path: Path, monke
     for name, how in (("one", ()), ("two", launch)):
         found[name] = replace(
             config, output=str(tmp_path / name), steps=20, log_every=5, eval_every=20, checkpoint_every=20,
-            lr=3e-5, batch_size=8, average=0.9, accumulate=2, clip=1.0,
+            lr=3e-5, discriminator_lr=3e-5, batch_size=8, average=0.9, accumulate=2, clip=1.0,
             loss={"discriminator_start": 3, "lecam": 0.1, "r1": 0.5},
         )  # fmt: skip
         file = tmp_path / f"{name}.yaml"
