@@ -1,4 +1,4 @@
-"""Remapped indices: positions in a list of used codes, as taming-transformers and its descendants have them.
+"""What taming-transformers and its descendants return: one loss, and indices that may be positions in a list of codes.
 
 Called by the families beside this file.
 """
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["remap_to_used"]
+from vqkernels.recognisers._feature_maps import QuantizedMap
+
+__all__ = ["remap_to_used", "shaped_indices", "weighted_loss"]
 
 
 def remap_to_used(module: Any, indices: Tensor) -> Tensor:
@@ -34,3 +36,20 @@ def remap_to_used(module: Any, indices: Tensor) -> Tensor:
     else:
         new[unknown] = module.unknown_index
     return new.reshape(indices.shape)
+
+
+def weighted_loss(module: Any, out: QuantizedMap) -> Tensor:
+    """The sum of both losses, ``beta`` at the codebook's if ``legacy`` and at the commitment's otherwise."""
+    loss: Tensor
+    if module.legacy:
+        loss = out.commitment_loss + module.beta * out.codebook_loss
+    else:
+        loss = module.beta * out.commitment_loss + out.codebook_loss
+    return loss
+
+
+def shaped_indices(module: Any, indices: Tensor, z: Tensor) -> Tensor:
+    """Remapped where the module asks for it, then in the shape of the map ``z`` if ``sane_index_shape``."""
+    if module.remap is not None:
+        indices = module.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
+    return indices.reshape(z.shape[0], *z.shape[2:]) if module.sane_index_shape else indices

@@ -14,7 +14,7 @@ from torch import Tensor
 from vqkernels.recognisers._adapter import Adapter
 from vqkernels.recognisers._copies import unknown_attributes
 from vqkernels.recognisers._feature_maps import quantize_map
-from vqkernels.recognisers._remapping import remap_to_used
+from vqkernels.recognisers._remapping import remap_to_used, shaped_indices, weighted_loss
 
 __all__ = ["ADAPTERS"]
 
@@ -51,15 +51,7 @@ class SimVQRepository(Adapter):
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             return super().forward(z, temp, rescale_logits, return_logits)  # type: ignore[misc]  # its assertion
         out = quantize_map(z, module.embedding_proj(module.embedding.weight), self.dims)
-        if module.legacy:
-            loss = out.commitment_loss + module.beta * out.codebook_loss
-        else:
-            loss = module.beta * out.commitment_loss + out.codebook_loss
-        indices = out.indices
-        if module.remap is not None:
-            indices = module.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
-        if module.sane_index_shape:
-            indices = indices.reshape(z.shape[0], *z.shape[2:])
+        loss, indices = weighted_loss(module, out), shaped_indices(module, out.indices, z)
         # The named tuple is defined in the original's file.
         original: Any = self.original_of(type(self))
         breakdown = original.forward.__globals__["LossBreakdown"]

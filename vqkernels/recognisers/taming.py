@@ -16,7 +16,7 @@ from vqkernels.functional import codebook_sum, lookup
 from vqkernels.recognisers._adapter import Adapter
 from vqkernels.recognisers._copies import unknown_attributes
 from vqkernels.recognisers._feature_maps import quantize_map
-from vqkernels.recognisers._remapping import remap_to_used
+from vqkernels.recognisers._remapping import remap_to_used, shaped_indices, weighted_loss
 
 __all__ = ["ADAPTERS", "IGNORED"]
 
@@ -74,16 +74,7 @@ class DiffusersQuantizer(Quantizer2):
 
 def _forward2(module: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
     out = quantize_map(z, module.embedding.weight)
-    if module.legacy:
-        loss = out.commitment_loss + module.beta * out.codebook_loss
-    else:
-        loss = module.beta * out.commitment_loss + out.codebook_loss
-    indices = out.indices
-    if module.remap is not None:
-        indices = module.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
-    if module.sane_index_shape:
-        indices = indices.reshape(z.shape[0], z.shape[2], z.shape[3])
-    return out.quantized, loss, (None, None, indices)
+    return out.quantized, weighted_loss(module, out), (None, None, shaped_indices(module, out.indices, z))
 
 
 class Quantizer1(Adapter):
