@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,6 +41,27 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def cut_and_resume(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End a run without warning before a step, and go on from its last checkpoint."""
+    original = loop._Run._step
+
+    class Killed(BaseException):
+        pass
+
+    def wrapped(self: Any, batch: torch.Tensor) -> None:
+        if self.step == step:
+            raise Killed
+        original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", wrapped)
+        with pytest.raises(Killed):
+            train(config, say=quiet)
+    found = load_checkpoint(Path(config.output) / "checkpoint.safetensors")[1]["step"]
+    assert 0 < found < step
+    train(config, resume=True, say=quiet)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -58,27 +80,36 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(
     config = TrainConfig.from_dict(config.to_dict() | changes)
     train(config, say=quiet)
     cut = replace(config, output=str(tmp_path / "cut"))
-    original = loop._Run._step
-
-    class Killed(BaseException):
-        pass
-
-    def wrapped(self: Any, batch: torch.Tensor) -> None:
-        if self.step == 6:
-            raise Killed
-        original(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step", wrapped)
-        with pytest.raises(Killed):
-            train(cut, say=quiet)
-    assert load_checkpoint(Path(cut.output) / "checkpoint.safetensors")[1]["step"] == 4
-    train(cut, resume=True, say=quiet)
+    cut_and_resume(cut, 6, monkeypatch)
     assert same(tensors(config), tensors(cut))
     assert without_timing(config) == without_timing(cut)
     for name in ("model", "best"):
         a, b = (load_model(Path(c.output) / name).state_dict() for c in (config, cut))
         assert same(a, b)
+
+
+def write_shards(photos: Path, folder: Path) -> str:
+    """Two WebDataset tars with every photograph in both."""
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for path in sorted(photos.glob("*.png")):
+                tar.add(path, arcname=f"{number}{path.name}")
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_train_and_resume_to_the_bit(
+    config: TrainConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    pytest.importorskip("datasets")
+    shards = write_shards(photos, tmp_path / "shards")
+    config = replace(config, data=shards, column="png", streaming=streaming, steps=5, checkpoint_every=2, eval_every=5)
+    train(config, say=quiet)
+    cut = replace(config, output=str(tmp_path / "cut"))
+    cut_and_resume(cut, 3, monkeypatch)
+    assert same(tensors(config), tensors(cut))
+    assert without_timing(config) == without_timing(cut)
 
 
 # A process that has imported everything forks the ones to be killed: a tenth of the time of fresh ones.
