@@ -102,7 +102,8 @@ def write_shards(photos: Path, folder: Path) -> str:
 def test_shards_train_and_resume_to_the_bit(
     config: TrainConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     shards = write_shards(photos, tmp_path / "shards")
     config = replace(config, data=shards, column="png", streaming=streaming, steps=5, checkpoint_every=2, eval_every=5)
     train(config, say=quiet)
