@@ -336,8 +336,8 @@ class TrainConfig:
         self._check_keys("discriminator", self.discriminator, DiscriminatorConfig)
         if loss is None or loss.adversarial_weight == 0:
             return None
-        small = self.preset is None or self.preset.startswith("tiny")
-        values: dict[str, Any] = {"channels": 32, "layers": 2} if small else {}
+        # The demo's model is small; a preset's recipe has a discriminator of its own.
+        values: dict[str, Any] = {"channels": 32, "layers": 2} if self.preset is None else {}
         try:
             return DiscriminatorConfig.from_dict(values | self.discriminator)
         except (ValueError, TypeError) as e:

@@ -41,7 +41,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     # squares pull colours into place sooner than absolute values, and permuted colours would take too long to learn.
     "tiny-vqgan": {
         "image_size": 48, "batch_size": 24, "steps": 1500, "shuffle_channels": 0.0, "discriminator_lr": 5e-4,
-        "model_options": {"quantizer": {"decay": 0.95}},
+        "model_options": {"quantizer": {"decay": 0.95}}, "discriminator": {"channels": 32, "layers": 2},
         "loss": {
             "l1": 0.0, "l2": 4.0, "perceptual_weight": 0.3, "adaptive": False, "adversarial_weight": 0.015,
         },
