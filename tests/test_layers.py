@@ -29,7 +29,7 @@ LAYERS = (
     ("vqkernels.convert", "vqkernels.patch", "vqkernels.recognisers"),
     ("vqkernels.nn", "vqkernels.distributed"),
     ("vqkernels.testing",),
-    ("vqkernels.functional",),
+    ("vqkernels.functional", "vqkernels.levels"),
     ("vqkernels._arguments",),
     ("vqkernels.info",),
     ("vqkernels.ops",),

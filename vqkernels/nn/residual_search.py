@@ -74,7 +74,7 @@ def search_levels(
 
 def _codebooks(levels: Sequence[VectorQuantizer], z: Tensor) -> list[Tensor] | None:
     """The codebooks (1, K, D) if every level does nothing but search its own; else ``None``."""
-    if z.dtype != torch.float32 or modules._has_any_global_hook():
+    if z.dtype != torch.float32 or modules._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
     grads = torch.is_grad_enabled()
     if grads and z.requires_grad:
