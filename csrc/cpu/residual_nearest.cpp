@@ -197,8 +197,9 @@ int32_t by_levels(const Call &call) {
   for (int64_t level = 0; level < call.levels; ++level) {
     const vqk_codes *codebook = call.codebooks + level;
     int64_t *indices = call.indices + level * heads * rows;
-    if (const int32_t status = vqk_cpu_nearest(&left, codebook, VQK_L2, VQK_EXACT, call.isa, call.packed[level], indices,
-                                               call.score + level * heads * rows))
+    const void *packed = call.packed == nullptr ? nullptr : call.packed[level];
+    if (const int32_t status =
+            vqk_cpu_nearest(&left, codebook, VQK_L2, VQK_EXACT, call.isa, packed, indices, call.score + level * heads * rows))
       return status;
     for (int64_t h = 0; h < heads; ++h)
       take_codes_of(*codebook, h, indices + h * rows, rows, residual + h * rows * D, sum + h * rows * D);
@@ -210,26 +211,24 @@ int32_t by_levels(const Call &call) {
 }  // namespace
 }  // namespace vqk
 
-int32_t vqk_cpu_residual_nearest_needs_packing(const vqk_rows *x, const vqk_codes *codebook) {
+int32_t vqk_cpu_residual_nearest_needs_packing(const vqk_rows *x, const vqk_codes *codebooks, int32_t levels) {
   const int32_t dtype = x->dtype == VQK_F64 ? VQK_F64 : VQK_F32;
   const vqk_rows residual = vqk::compact(nullptr, x->size[0], x->size[1] * x->size[2], x->size[3], dtype);
-  return vqk_cpu_nearest_needs_packing(&residual, codebook);
+  return std::any_of(codebooks, codebooks + levels,
+                     [&](const vqk_codes &codebook) { return vqk_cpu_nearest_needs_packing(&residual, &codebook) != 0; });
 }
 
 int32_t vqk_cpu_residual_nearest(const vqk_rows *x, const vqk_codes *codebooks, int32_t levels, int32_t isa,
                                  const void *const *packed, int64_t *indices, float *score, const vqk_rows *out) {
   const vqk::Call call = {x, codebooks, levels, isa, vqk::kernels_for(isa, x->size[3]), packed, indices, score, out};
   if (call.kernels == nullptr) return vqk::fail(VQK_UNSUPPORTED, "instruction set %d is not available here", isa);
-  bool all_packed = true;
-  for (int32_t level = 0; level < levels; ++level) {
+  for (int32_t level = 0; level < levels; ++level)
     if (const int32_t status = vqk::check_codes(codebooks + level)) return status;
-    all_packed = all_packed && packed[level] != nullptr;
-  }
   if (call.heads() * call.rows() == 0) return VQK_OK;
   const int64_t block_rows = vqk::rows_per_block(call.kernels, call.heads(), call.rows());
   const int64_t blocks = (call.rows() + block_rows - 1) / block_rows;
   const bool wide = call.dtype() == VQK_F64;
-  if (all_packed && call.heads() * blocks >= vqk::num_threads())
+  if (packed != nullptr && call.heads() * blocks >= vqk::num_threads())
     return wide ? vqk::by_blocks<double>(call, block_rows, blocks) : vqk::by_blocks<float>(call, block_rows, blocks);
   return wide ? vqk::by_levels<double>(call) : vqk::by_levels<float>(call);
 }

@@ -1,4 +1,4 @@
-"""Residual quantizers of transformers: one search for all levels, and level by level wherever a level was changed."""
+"""Residual quantizers: one search for all levels, and level by level wherever a level does more or was changed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from pairs import pair
 from test_codebooks import transformers_class
 from torch import Tensor, nn
+from vector_quantize_pytorch import GroupedResidualVQ, ResidualVQ
 
 import vqkernels
 from vqkernels import ops
@@ -162,3 +163,92 @@ def test_compiles(quantizer: nn.Module) -> None:
     torch._dynamo.reset()
     x = torch.randn(2, D, 30)
     assert torch.compile(patched.encode, fullgraph=True, backend="aot_eager")(x).equal(original.encode(x))
+
+
+def lucidrains(**options: Any) -> nn.Module:
+    torch.manual_seed(2)
+    module = ResidualVQ(**({"dim": D, "num_quantizers": Q, "codebook_size": K} | options)).eval()
+    for i, layer in enumerate(module.layers):
+        layer._codebook.embed.data.normal_(std=0.7**i)
+    return module
+
+
+def assert_same(original: nn.Module, patched: nn.Module, x: Tensor, **options: Any) -> None:
+    results = []
+    for module in (original, patched):
+        torch.manual_seed(5)
+        results.append(module(x, **options))
+    for a, b in zip(*results, strict=True):
+        assert (a.dtype, a.is_contiguous(), a.requires_grad) == (b.dtype, b.is_contiguous(), b.requires_grad)
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"codebook_dim": 4},
+        {"codebook_size": (23, 11, 5, 1, 40)},
+        {"shared_codebook": True},
+        {"learnable_codebook": True, "ema_update": False},
+        {"quant_grad_frac": 0.3, "quantize_dropout": True, "rotation_trick": False},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_lucidrains_residual_vq_is_one_search_in_eval(searches: list[int], options: dict[str, Any]) -> None:
+    original, patched = pair(lucidrains(**options))
+    for shape in ((3, 41, D), (1, 1, D), (2, 0, D)):
+        assert_same(original, patched, torch.randn(shape))
+    assert searches == [Q] * 3
+    grouped = GroupedResidualVQ(dim=2 * D, groups=2, num_quantizers=Q, codebook_size=K).eval()
+    assert_same(*pair(grouped), torch.randn(2, 9, 2 * D))
+    assert searches[3:] == [Q, Q]
+
+
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({"use_cosine_sim": True}, {}),
+        ({"beam_size": 3}, {}),
+        ({"implicit_neural_codebook": True}, {}),
+        ({"diveq": True}, {}),
+        ({}, {"mask": torch.arange(41) < torch.tensor([41, 7, 0])[:, None]}),
+        ({}, {"return_all_codes": True}),
+        ({}, {"beam_size": 2}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_lucidrains_options_go_through_the_library(
+    searches: list[int], options: dict[str, Any], call: dict[str, Any]
+) -> None:
+    original, patched = pair(lucidrains(**options))
+    assert_same(original, patched, torch.randn(3, 41, D), **call)
+    assert Q not in searches
+
+
+@torch.no_grad()
+def test_lucidrains_affine_codes_are_asked_for_level_by_level(searches: list[int]) -> None:
+    original, patched = pair(lucidrains(affine_param=True).train())
+    x = torch.randn(3, 41, D)
+    assert_same(original, patched, x)  # a training step: the statistics that the map needs
+    assert_same(original.eval(), patched.eval(), x)
+    assert Q not in searches
+
+
+def test_lucidrains_training_and_gradients_go_through_the_library(searches: list[int]) -> None:
+    _, patched = pair(lucidrains())
+    x = torch.randn(3, 41, D)
+    patched(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        patched(x)
+    with torch.no_grad():
+        patched.train()(x)
+        patched.eval()
+        handle = patched.layers[1].register_forward_hook(lambda module, args, out: None)
+        patched(x)
+        assert Q not in searches
+        handle.remove()
+        patched(x)
+    assert searches[-1] == Q

@@ -212,13 +212,12 @@ class ResidualVectorQuantizer(nn.Module):
         if keep is not None and keep.dim() == 0 and not torch.compiler.is_compiling() and keep.device.type == "cpu":
             last, keep = min(limit, int(keep)), None  # levels that nothing reaches: skipped where looking costs nothing
 
-        levels = [self.level(i) for i in range(last)]
+        layers: list[Any] = list(self.layers)
+        levels = layers * last if self.shared_codebook else layers[:last]
         found = search_levels(levels, inside, self._layout, mask) if keep is None else None
         if found is None:
             found = self._level_by_level(levels, inside, mask, keep)
         total, indices, loss, codebook_loss, commitment_loss = found
-        if self.estimator == "sum":
-            total = estimate(inside, total, self.gradient, 1 if self._first(inside) else -1)
         if missing := self.num_levels - last:
             indices = F.pad(indices, (0, missing), value=-1)
             codebook_loss, commitment_loss = F.pad(codebook_loss, (0, missing)), F.pad(commitment_loss, (0, missing))
@@ -243,6 +242,8 @@ class ResidualVectorQuantizer(nn.Module):
                 residual = residual - (values if self.estimator == "chained" else values.detach())
                 total = total + values
                 outputs.append(out)
+        if self.estimator == "sum":
+            total = estimate(z, total, self.gradient, 1 if self._first(z) else -1)
         return LevelsOutput(
             total,
             torch.stack([out.indices for out in outputs], dim=-1),

@@ -52,7 +52,7 @@ def search_levels(
     rows = layout.rows(z)
     valid = None if mask is None else layout.mask(mask, z, rows)
     channel_first = arguments.is_channel_first(rows)
-    indices, values, score = ops.residual_nearest(rows.detach(), codebooks, channel_first)
+    indices, values, score = ops.residual_nearest(rows, codebooks, channel_first)
     indices, score = indices[:, 0], score[:, 0]
     if valid is None:
         weight: float | Tensor = 1.0 / max(rows.numel(), 1)
@@ -102,5 +102,5 @@ def _codebooks(levels: Sequence[VectorQuantizer], z: Tensor) -> list[Tensor] | N
             or codebook.device != z.device
         ):
             return None
-        found.append(codebook.detach().unsqueeze(0))
+        found.append(codebook.unsqueeze(0))
     return found

@@ -68,15 +68,15 @@ def run(x: Tensor, codebooks: Sequence[Tensor], channel_first: bool) -> tuple[Te
     codes = (_native.Codes * levels)(*map(_native.codes, dense))
     rows, out = _native.rows(x), _native.rows(values.transpose(2, 3) if channel_first else values)
     rows_at = ctypes.byref(rows)
-    packed = (ctypes.c_void_p * levels)()
     # By codebook, so that one which serves several levels is read once; and to keep them alive during the call.
     kept: dict[int, Tensor] = {}
-    for level, given in enumerate(codebooks):
-        # As in nearest: a few rows are searched in the codebook itself.
-        if lib.vqk_cpu_residual_nearest_needs_packing(rows_at, ctypes.byref(codes[level])):
+    packed = None
+    # As in nearest: a few rows are searched in the codebooks themselves.
+    if lib.vqk_cpu_residual_nearest_needs_packing(rows_at, codes, levels):
+        for given, described in zip(codebooks, codes, strict=True):
             if id(given) not in kept:
-                kept[id(given)] = _cpu_nearest.packed(lib, given, codes[level], _native.METRICS["l2"], isa)
-            packed[level] = kept[id(given)].data_ptr()
+                kept[id(given)] = _cpu_nearest.packed(lib, given, described, _native.METRICS["l2"], isa)
+        packed = (ctypes.c_void_p * levels)(*[kept[id(given)].data_ptr() for given in codebooks])
     _native.check(
         lib.vqk_cpu_residual_nearest(
             rows_at,
