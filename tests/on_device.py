@@ -20,7 +20,9 @@ KIND = DEVICE.partition(":")[0]
 
 
 def place(value: Any, device: str = DEVICE) -> Any:
-    """A tensor on the device with the strides that it has, over a copy of its storage; anything else unchanged."""
+    """A tensor (or each of a list) on the device with its strides, over a copy of its storage; else unchanged."""
+    if isinstance(value, list):
+        return [place(v, device) for v in value]
     if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor:
         return value
     storage = value.detach().untyped_storage()

@@ -308,6 +308,7 @@ def test_sizes_of_every_op_are_read_from_its_arguments(monkeypatch: pytest.Monke
     z, codes, indices = torch.zeros(2, 3, 5, 7), torch.zeros(2, 11, 7), torch.zeros(2, 3, 5, dtype=torch.int64)
     given: dict[str, tuple[Any, ...]] = {
         "nearest": (z, codes, "l2", "exact"),
+        "residual_nearest": (z, [codes], False),
         "lookup": (codes, indices, False, None),
         "codebook_sum": (z, indices, 11),
         "ema_update": (codes[..., 0], codes, codes, codes[..., 0], codes, 0.9, 1e-5, False),

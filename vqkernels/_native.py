@@ -19,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["ABI_VERSION", "ISAS", "Codes", "Rows", "codes", "isa", "lib", "rows", "unavailable"]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
@@ -71,6 +71,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "vqk_cpu_nearest": (
         c_int32,
         [_rows, _codes, c_int32, c_int32, c_int32, c_void_p, POINTER(c_int64), POINTER(c_float)],
+    ),
+    "vqk_cpu_residual_nearest_needs_packing": (c_int32, [_rows, _codes, c_int32]),
+    "vqk_cpu_residual_nearest": (
+        c_int32,
+        [_rows, _codes, c_int32, c_int32, POINTER(c_void_p), POINTER(c_int64), POINTER(c_float), _rows],
     ),
     "vqk_cpu_lookup": (c_int32, [_codes, POINTER(c_int64), _rows]),
     "vqk_cpu_codebook_sum": (c_int32, [_rows, POINTER(c_int64), c_int64, c_void_p, POINTER(c_float)]),

@@ -27,7 +27,7 @@ __all__ = ["BACKENDS", "OPS", "Backend", "Unsupported", "call", "explain", "miss
 log = logging.getLogger("vqkernels")
 
 # Registration order; the one line to add for a new op (CONTRIBUTING.md, "Add an op").
-OPS = ("nearest", "lookup", "codebook_sum", "ema_update", "quantize_grad", "quantize_output")
+OPS = ("nearest", "residual_nearest", "lookup", "codebook_sum", "ema_update", "quantize_grad", "quantize_output")
 
 
 class Unsupported(RuntimeError):
@@ -169,6 +169,11 @@ def _place(args: tuple[Any, ...]) -> torch.device:
 # Per op: the arguments that say how many rows, codes and dims a call has.
 _SIZES: dict[str, Callable[..., tuple[int, int, int]]] = {
     "nearest": lambda x, codebook, *_: (x.shape[:-1].numel(), codebook.shape[1], codebook.shape[2]),
+    "residual_nearest": lambda x, codebooks, *_: (
+        x.shape[:-1].numel(),
+        sum(c.shape[1] for c in codebooks),
+        x.shape[3],
+    ),
     "lookup": lambda codebook, indices, *_: (indices.numel(), codebook.shape[1], codebook.shape[2]),
     "codebook_sum": lambda x, indices, num_codes: (indices.numel(), num_codes, x.shape[3]),
     "ema_update": lambda size, average, codebook, *_: (0, codebook.shape[1], codebook.shape[2]),

@@ -12,6 +12,7 @@ import torch
 from on_device import DEVICE, place
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from vqkernels import dispatch
 
@@ -68,6 +69,12 @@ CALLS: dict[str, dict[str, Callable[[str], Arguments]]] = {
         "fast": lambda lay: (rows(lay), codes(lay), "l2", "fast"),
         "bfloat16": lambda lay: (rows(lay, half), codes(lay), "l2", "exact"),
         "float64": lambda lay: (rows(lay, torch.float64), codes(lay, torch.float64), "l2", "exact"),
+    },
+    "residual_nearest": {
+        "rows": lambda lay: (rows(lay), [codes(lay), codes(lay)[:, :3], codes(lay)], False),
+        "channel first": lambda lay: (rows(lay), [codes(lay)], True),
+        "bfloat16": lambda lay: (rows(lay, half), [codes(lay, half), codes(lay)], True),
+        "float64": lambda lay: (rows(lay, torch.float64), [codes(lay), codes(lay)], False),
     },
     "lookup": {
         "rows": lambda lay: (codes(lay), indices(lay), False, None),
@@ -143,14 +150,14 @@ def test_fake_results_are_like_real_ones(backend: str, op: str, name: str, layou
     arguments = CALLS[op][name](layout)
     backend = able(op, backend, arguments)
     with FakeTensorMode() as mode:
-        fake = overload(op)(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments), backend)
+        fake = overload(op)(*tree_map_only(Tensor, mode.from_tensor, arguments), backend)
     assert described(fake) == described(overload(op)(*arguments, backend))
 
 
 @pytest.mark.parametrize(("op", "name"), TABLE)
 def test_meta_tensors_have_results(op: str, name: str) -> None:
     arguments = CALLS[op][name]("compact")
-    meta = overload(op)(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments))
+    meta = overload(op)(*tree_map_only(Tensor, lambda a: a.to("meta"), arguments))
     assert [d[:3] for d in described(meta)] == [d[:3] for d in described(overload(op)(*arguments))]
 
 
@@ -159,7 +166,7 @@ def test_strides_do_not_change_a_bit(backend: str, op: str, name: str) -> None:
     for layout in LAYOUTS[1:]:
         strided = CALLS[op][name](layout)
         chosen = able(op, backend, strided)
-        compact = tuple(a.contiguous().clone() if isinstance(a, Tensor) else a for a in strided)
+        compact = tree_map_only(Tensor, lambda a: a.contiguous().clone(), strided)
         found = results(overload(op)(*strided, chosen)), results(overload(op)(*compact, chosen))
         # What an op writes to counts as a result.
         written = overload(op)._schema.arguments

@@ -9,5 +9,14 @@ from vqkernels.ops.lookup import lookup
 from vqkernels.ops.nearest import nearest
 from vqkernels.ops.quantize_grad import quantize_grad
 from vqkernels.ops.quantize_output import quantize_output
+from vqkernels.ops.residual_nearest import residual_nearest
 
-__all__ = ["codebook_sum", "ema_update", "lookup", "nearest", "quantize_grad", "quantize_output"]
+__all__ = [
+    "codebook_sum",
+    "ema_update",
+    "lookup",
+    "nearest",
+    "quantize_grad",
+    "quantize_output",
+    "residual_nearest",
+]
