@@ -13,7 +13,7 @@
 #endif
 
 // Raise on every change of a struct or a signature; the loader refuses a library of another number.
-#define VQK_ABI_VERSION 2
+#define VQK_ABI_VERSION 3
 
 enum vqk_status { VQK_OK = 0, VQK_INVALID = 1, VQK_NO_MEMORY = 2, VQK_UNSUPPORTED = 3, VQK_INTERNAL = 4 };
 enum vqk_dtype { VQK_F32 = 0, VQK_F64 = 1, VQK_F16 = 2, VQK_BF16 = 3 };
@@ -116,5 +116,13 @@ VQK_API int64_t vqk_cuda_nearest_workspace(const vqk_rows *x, const vqk_codes *c
 VQK_API int32_t vqk_cuda_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision,
                                  const vqk_cuda_search_plan *plan, void *workspace, int64_t *indices, float *score,
                                  int32_t device, void *stream);
+
+// residual_nearest on CUDA: `levels` codebooks. indices (Q, H, N), score (Q, H, N); values float32, any strides. Without a screen
+// one cooperative launch does it all, for at most 64 levels and 512 dims, and as many rows as can be resident.
+VQK_API int64_t vqk_cuda_residual_nearest_workspace(const vqk_rows *x, const vqk_codes *codebooks, int32_t levels,
+                                                    const vqk_cuda_search_plan *plan);
+VQK_API int32_t vqk_cuda_residual_nearest(const vqk_rows *x, const vqk_codes *codebooks, int32_t levels,
+                                          const vqk_cuda_search_plan *plan, void *workspace, int64_t *indices,
+                                          const vqk_rows *values, float *score, int32_t device, void *stream);
 
 #endif
