@@ -149,11 +149,11 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     score = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if indices.numel() > 0:
-        run_into(x, codebook, metric, precision, indices, score)
+        _run_into(x, codebook, metric, precision, indices, score)
     return indices, score
 
 
-def run_into(x: Tensor, codebook: Tensor, metric: str, precision: str, indices: Tensor, score: Tensor) -> None:
+def _run_into(x: Tensor, codebook: Tensor, metric: str, precision: str, indices: Tensor, score: Tensor) -> None:
     """``run`` with its results given, contiguous; there is at least one row."""
     with _triton.on_device(x):
         plan = _plan(x, codebook)

@@ -192,7 +192,7 @@ def _run_many(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, values: T
     block_m = max(1, 1024 // block_d)
     for level, codes in enumerate(codebooks):
         source = residual if level > 0 else x
-        nearest.run_into(source, codes, "l2", "exact", found_index, found_score)
+        nearest._run_into(source, codes, "l2", "exact", found_index, found_score)
         _subtract[(_triton.ceil_div(b * s, block_m), h)](
             source, *_triton.strides(source), codes, *_triton.strides(codes), found_index, found_score, residual,
             values, *_triton.strides(values), indices, score, level * h * b * s, b * s, s, d,
