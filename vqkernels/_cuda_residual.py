@@ -19,6 +19,8 @@ __all__ = ["describe", "plan", "run", "supports"]
 
 # Up to so many products per level, every pair in float64 takes less than the launches of a screened level.
 DIRECT_WORK = 2**25
+# Machines with 32 or more lanes for float64 per multiprocessor; others have two.
+FLOAT64 = ((8, 0), (9, 0), (10, 0))
 # What the one launch is built for: its table of codebooks, and the residuals that a block keeps.
 MOST_LEVELS = 64
 MOST_DIMS = 512
@@ -36,7 +38,8 @@ def plan(heads: int, rows: int, sizes: Sequence[int], dim: int, device: Device) 
     """
     # Rows of a tile belong to one block at least, and all blocks must be resident.
     fits = len(sizes) <= MOST_LEVELS and dim <= MOST_DIMS and heads * -(-rows // TILE_ROWS) <= device.multiprocessors
-    return _cuda_nearest.plan(heads, rows, max(sizes), dim, device, DIRECT_WORK if fits else -1)
+    work = DIRECT_WORK if device.capability in FLOAT64 else DIRECT_WORK // 32
+    return _cuda_nearest.plan(heads, rows, max(sizes), dim, device, work if fits else -1)
 
 
 def _plan(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Plan, Device]:

@@ -18,7 +18,12 @@ thread_local Together *together = nullptr;
 
 }  // namespace
 
+namespace {
+int64_t count_of_launches = 0;
+}
+
 void set_seed(uint64_t value) { seed = value; }
+int64_t launches() { return count_of_launches; }
 
 void error(const char *format, ...) {
   va_list arguments;
@@ -116,6 +121,7 @@ int32_t run_together(const char *what, const std::vector<uint3> &order, dim3 thr
 int32_t run(const char *what, dim3 grid, dim3 threads, size_t shared, bool cooperative, const std::function<void()> &body) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, size = uint64_t{threads.x} * threads.y * threads.z;
   if (blocks == 0) return VQK_OK;
+  ++count_of_launches;
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     return fail(VQK_INTERNAL, "%s: a grid of %u x %u x %u blocks", what, grid.x, grid.y, grid.z);
   if (size == 0 || size > 1024 || threads.z > 64 || shared > 227 * 1024)

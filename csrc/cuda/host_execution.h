@@ -51,6 +51,8 @@ inline thread_local Ids ids;  // of the fibre that runs
 
 // Orders of execution: 0 is ascending, every other seed another mixture of random, eager and starving ones.
 void set_seed(uint64_t seed);
+// How many kernels have been started.
+int64_t launches();
 
 // Stops this fibre and the launch, which returns VQK_INTERNAL with the message. Does not return.
 [[noreturn]] void error(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -56,15 +56,27 @@ VQK_DEVICE Stage next_stage(const Levels &levels, const Few &f, int rank, Stage 
 
 constexpr int stage_loads = few_codes * stage_dims / few_threads;
 
-// Each thread's share: one dim of every second code.
+// Each thread's share: one dim of every second code. What is asked of every element costs as much as the arithmetic, so the
+// dtype is asked for once.
 VQK_DEVICE void fetch(const Levels &levels, const Few &f, int64_t head, const Stage &stage, float (&part)[stage_loads]) {
   const Level &level = levels.level[stage.level];
+  constexpr int step = few_threads / stage_dims;
   const int d = stage.first_dim + static_cast<int>(threadIdx.x) % stage_dims;
   const int first = stage.tile * few_codes + static_cast<int>(threadIdx.x) / stage_dims;
+  const int count = d < f.dim ? level.num_codes - first : 0;
+  const int64_t start = head * level.head + first * level.code + d * level.dim, pitch = step * level.code;
+  if (level.dtype == VQK_F32) {
+    const float *from = static_cast<const float *>(level.data) + start;
 #pragma unroll
-  for (int i = 0; i < stage_loads; ++i) {
-    const int code = first + i * (few_threads / stage_dims);
-    part[i] = d < f.dim && code < level.num_codes ? load_code(level, head, code, d) : 0.0f;
+    for (int i = 0; i < stage_loads; ++i) part[i] = i * step < count ? from[i * pitch] : 0.0f;
+  } else {
+    const uint16_t *from = static_cast<const uint16_t *>(level.data) + start;
+    const bool half = level.dtype == VQK_F16;
+#pragma unroll
+    for (int i = 0; i < stage_loads; ++i) {
+      const uint16_t bits = i * step < count ? from[i * pitch] : uint16_t{0};
+      part[i] = half ? half_to_float(bits) : bf16_to_float(bits);
+    }
   }
 }
 

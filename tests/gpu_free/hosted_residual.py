@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from cuda_host import SEEDS, set_seed
+from cuda_host import SEEDS, launches, set_seed
 from gpu_data import laid_out
 from torch import Tensor
 
@@ -87,6 +87,16 @@ def test_one_launch_in_every_order(seed: int, monkeypatch: pytest.MonkeyPatch) -
         force(monkeypatch, DIRECT, processors=processors)
         check(*case((1, 1, 6, 20, (150, 40, 150, 150))))
     check(*case((2, 1, 19, 5, (70, 70))))
+
+
+def test_launches_are_counted(screen: int) -> None:
+    # Codes of levels of one size are gathered and packed together; each level has the six of a search; sums at the end.
+    for sizes, runs in (((40,), 1), ((40,) * 4, 1), ((40, 40, 50), 2)):
+        x, codebooks = case((1, 1, 3, 4, sizes))
+        before = launches()
+        ops.residual_nearest(x, codebooks, False, "native")
+        many = 1 + 3 * runs + 6 * len(sizes) + 1
+        assert launches() - before == (1 if screen == DIRECT else many)
 
 
 def test_rows_that_nothing_can_win_and_codes_that_cannot(screen: int) -> None:
