@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from benchmarks.cases import Case
 
-__all__ = ["BY_NAME", "FEW", "FEW_ROWS", "MEMORY", "OPS", "SEARCH", "TRAIN", "UPDATE"]
+__all__ = ["BY_NAME", "FEW", "FEW_ROWS", "MEMORY", "OPS", "RESIDUAL", "SEARCH", "TRAIN", "UPDATE"]
 
 CASES = (
     Case("vqgan", "VQGAN", (65536,), 16384, 256, source="vqgan_imagenet_f16_16384, 256 images"),
@@ -33,3 +33,12 @@ MEMORY = ("vqgan", "llamagen")
 # Streaming: so few rows that launches are all there is.
 FEW = Case("few", "Mimi streaming", (1,), 2048, 256, source="kyutai/mimi, one frame per stream")
 FEW_ROWS = (1, 4, 16, 64)
+# All levels of a residual quantizer in one call: the case of one level, and how many there are.
+RESIDUAL = (
+    (Case("encodec-8", "EnCodec, 8 levels", (48000,), 1024, 128, source="encodec_24khz at 6 kbps, 640 x 1 s"), 8),
+    (Case("mimi-1", "Mimi, 1 frame, 32 levels", (1,), 2048, 256, source="kyutai/mimi, a frame of one stream"), 32),
+    (
+        Case("mimi-16", "Mimi, 16 frames, 32 levels", (16,), 2048, 256, source="kyutai/mimi, one frame of 16 streams"),
+        32,
+    ),
+)

@@ -62,15 +62,15 @@ def carried(output: Path, stamp: Record, now: set[str]) -> tuple[list[Record], s
 def table(stages: Record) -> dict[str, list[Record]]:
     """Measured milliseconds by op and size, for :func:`vqkernels.tuned.choice`.
 
-    The search of a few rows counts with what an eager caller waits for, launches included, all else with the time that
+    A search of a few rows counts with what an eager caller waits for, launches included, all else with the time that
     the device takes. Of two cases with the same sizes the first counts.
     """
     found: dict[str, list[Record]] = {}
-    for stage in ("search", "few", "ops"):
+    for stage in ("search", "few", "residual", "ops"):
         for record in stages.get(stage, {}).values():
             times = {
                 name.removeprefix("vqkernels-"): max(r["device_us"], r["eager_us"]) / 1e3
-                if stage == "few"
+                if "eager_us" in r
                 else r["ms"]["median"]
                 for name, r in record["results"].items()
                 if name.startswith("vqkernels-")

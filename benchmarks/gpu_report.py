@@ -20,6 +20,7 @@ TARGETS: tuple[tuple[str, str, str, float], ...] = (
     ("search", "llamagen", "ms", 0.2),
     ("search", "ibq", "ms", 25.0),
     ("search", "var", "ms", 0.2),
+    ("residual", "encodec-8", "ms", 0.25),
     ("update", "vqgan", "ms", 0.15),
     *(("train", case, "vqtorch-ema", 10.0) for case in ("vqgan", "llamagen", "encodec", "cifar")),
     *(("search", case, "flash-kmeans", 1.0) for case in ("vqgan", "ibq", "encodec", "mimi", "var")),
@@ -103,6 +104,20 @@ def sections(data: Record) -> dict[str, str]:
         ]  # fmt: skip
         header = ["rows", "contestant", "device, us", "eager call, us", "graph launch, us"]
         found["gpu-few"] = _markdown(header, rows, 2) + "\n\n2048 codes of 256 dims. " + _conditions(data)
+    if records := stages.get("residual"):
+        rows = []
+        for r in records.values():
+            for i, (name, result) in enumerate(r["results"].items()):
+                ratio, few = r["speedup"].get(name), "eager_us" in result
+                rows.append([
+                    f"{r['title']} ({r['size']})" if i == 0 else "", result["title"],
+                    f"{result['ms']['median']:.3f}", "" if ratio is None else f"{ratio['median']:.2f}x",
+                    f"{result['eager_us']:.0f}" if few else "",
+                    f"{result['graph_us']:.0f}" if "graph_us" in result else "", f"{result['wrong_rows_percent']:.2g}",
+                ])  # fmt: skip
+            rows += [["", name, f"not run: {why}", "", "", "", ""] for name, why in r["skipped"].items()]
+        header = ["case", "contestant", "ms", "times ours", "eager call, us", "graph launch, us", "wrong rows, %"]
+        found["gpu-residual"] = _markdown(header, rows, 2) + "\n\n" + _conditions(data)
     for stage in ("update", "train"):
         if records := stages.get(stage):
             rows = []

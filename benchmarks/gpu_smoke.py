@@ -34,7 +34,10 @@ def run(device: torch.device, backend: str, most_rows: int = 3000) -> int:
     def same(op: str, *args: object, exact: bool = True) -> None:
         nonlocal compared
         function = getattr(ops, op)
-        there = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+        there = [
+            [e.to(device) for e in a] if isinstance(a, list) else a.to(device) if isinstance(a, Tensor) else a
+            for a in args
+        ]
         try:
             found = function(*there, backend)
         except Unsupported:
@@ -67,6 +70,8 @@ def run(device: torch.device, backend: str, most_rows: int = 3000) -> int:
             same("nearest", x, codes, metric, "exact")
         same("nearest", x.half(), codes.half(), "l2", "exact")
         same("nearest", x.bfloat16(), codes, "l2", "exact")
+        for z in _layouts(x):
+            same("residual_nearest", z, [codes, codes[:, : k // 2 + 1] * 0.5, codes.half() * 0.25], z is not x)
         indices = torch.randint(-1, k, (h, 1, n))
         same("codebook_sum", x, indices, k, exact=False)
         for z in _layouts(x):
@@ -88,6 +93,7 @@ def run(device: torch.device, backend: str, most_rows: int = 3000) -> int:
     )
     for metric in ("l2", "dot"):
         same("nearest", x, codes, metric, "exact")
+    same("residual_nearest", x, [codes] * 3, False)
     return compared
 
 

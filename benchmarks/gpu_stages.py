@@ -1,4 +1,4 @@
-"""What is measured on a GPU, in plain records: search, a few rows, codebook update, training step, single ops, memory.
+"""What is measured on a GPU, in plain records: search, a few rows, all levels, update, training step, ops, memory.
 
 Called by ``gpu``. Nothing of ours is timed before its answer was compared with the float64 reference.
 """
@@ -18,6 +18,7 @@ from benchmarks import gpu_cases, gpu_peers
 from benchmarks.baselines import Contestant, Unavailable, Work
 from benchmarks.cases import Case, shrink
 from benchmarks.gpu_ops import ops
+from benchmarks.gpu_residual import residual
 from benchmarks.gpu_timing import Clock, captured, interleave
 from benchmarks.timing import Series, quartiles, ratios
 
@@ -301,5 +302,5 @@ def _release(bench: Bench) -> None:
 
 # In this order: a run that is cut short has the searches.
 STAGES: dict[str, Callable[[Bench], Iterator[Record]]] = {
-    "search": search, "few": few, "update": update, "train": train, "ops": ops, "memory": memory,
+    "search": search, "few": few, "residual": residual, "update": update, "train": train, "ops": ops, "memory": memory,
 }  # fmt: skip

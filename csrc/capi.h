@@ -124,4 +124,12 @@ VQK_API int32_t vqk_cuda_nearest(const vqk_rows *x, const vqk_codes *codebook, i
                                  const vqk_cuda_search_plan *plan, void *workspace, int64_t *indices, float *score,
                                  int32_t device, void *stream);
 
+// residual_nearest on CUDA: `levels` codebooks. indices (Q, H, N), score (Q, H, N); values float32, any strides. Without a screen
+// one cooperative launch does it all, for at most 64 levels and 512 dims, and as many rows as can be resident.
+VQK_API int64_t vqk_cuda_residual_nearest_workspace(const vqk_rows *x, const vqk_codes *codebooks, int32_t levels,
+                                                    const vqk_cuda_search_plan *plan);
+VQK_API int32_t vqk_cuda_residual_nearest(const vqk_rows *x, const vqk_codes *codebooks, int32_t levels,
+                                          const vqk_cuda_search_plan *plan, void *workspace, int64_t *indices,
+                                          const vqk_rows *values, float *score, int32_t device, void *stream);
+
 #endif

@@ -272,7 +272,7 @@ def test_ops_are_measured_for_the_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert bench.failed == []
     assert len(records) == 2 * len(gpu_ops.OPS)
     found = gpu_record.table({"ops": {r["case"]: r for r in records}})
-    assert set(found) == set(dispatch.OPS) - {"nearest"}
+    assert set(found) == set(dispatch.OPS) - {"nearest", "residual_nearest"}
     for op, entries in found.items():
         assert [e["case"] for e in entries] == ["encodec", "cifar"], op
         assert all(e["milliseconds"]["reference"] > 0 for e in entries)
@@ -289,6 +289,28 @@ def test_ops_are_measured_for_the_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert "lookup" not in gpu_record.table({"ops": {r["case"]: r for r in records}})
 
 
+def test_all_levels_are_measured_for_the_table_and_wrong_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_stages.gpu_cases, "RESIDUAL", gpu_stages.gpu_cases.RESIDUAL[:2])
+    monkeypatch.setattr(gpu_peers, "backends", lambda device: ["reference"])
+    bench = gpu_stages.Bench(CPU, PEAKS, 60.0, quick=True)
+    records = {r["case"]: r for r in gpu_stages.STAGES["residual"](bench)}
+    assert bench.failed == []
+    assert [e["case"] for e in gpu_record.table({"residual": records})["residual_nearest"]] == ["encodec-8", "mimi-1"]
+    assert {"vqkernels-reference", "levels-reference", "cdist"} <= set(records["mimi-1"]["results"])
+    assert records["encodec-8"]["codes"] == 3 * 512
+    original = vqkernels.ops.residual_nearest
+
+    def wrong(*args: Any) -> tuple[torch.Tensor, ...]:
+        indices, *rest = original(*args[:-1], "reference")
+        return indices + (args[-1] == "native"), *rest
+
+    monkeypatch.setattr(vqkernels.ops, "residual_nearest", wrong)
+    monkeypatch.setattr(gpu_peers, "backends", lambda device: ["native"])
+    records = {r["case"]: r for r in gpu_stages.STAGES["residual"](bench)}
+    assert "vqkernels-native on mimi-1: wrong rows" in bench.failed
+    assert "residual_nearest" not in gpu_record.table({"residual": records})
+
+
 def test_every_stage_measures_ours_and_says_why_others_did_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +321,7 @@ def test_every_stage_measures_ours_and_says_why_others_did_not_run(
     monkeypatch.setattr(gpu_stages.gpu_cases, "UPDATE", ("llamagen",))
     monkeypatch.setattr(gpu_stages.gpu_cases, "TRAIN", ("cifar",))
     monkeypatch.setattr(gpu_stages.gpu_cases, "OPS", ())
+    monkeypatch.setattr(gpu_stages.gpu_cases, "RESIDUAL", gpu_stages.gpu_cases.RESIDUAL[1:])
     bench = gpu_stages.Bench(CPU, PEAKS, 60.0, quick=True)
     stages = {name: {r["case"]: r for r in measure(bench)} for name, measure in gpu_stages.STAGES.items()}
     assert bench.failed == []
@@ -308,11 +331,13 @@ def test_every_stage_measures_ours_and_says_why_others_did_not_run(
     for name in ("search", "update", "train"):
         for record in stages[name].values():
             assert ours is None or record["results"][ours]["ms"]["median"] > 0
+    assert set(stages["residual"]) == {"mimi-1", "mimi-16"}
+    assert stages["residual"]["mimi-1"]["results"]["cdist"]["eager_us"] > 0
     assert stages["search"]["encodec"]["skipped"]["compile"] == "not here"
     data = {"environment": gpu.describe("cpu"), "peaks": PEAKS, "stages": stages}
     (tmp_path / "gpu.json").write_text(json.dumps(data))
     text = gpu_report.sections(gpu_report.load(tmp_path))
-    assert set(text) == {"gpu-search", "gpu-few", "gpu-update", "gpu-train", "gpu-targets"}
+    assert set(text) == {"gpu-search", "gpu-few", "gpu-residual", "gpu-update", "gpu-train", "gpu-targets"}
     assert "torch.cdist + argmin" in text["gpu-search"]
     assert text["gpu-targets"].count("not measured") >= 5
     if ours is not None:

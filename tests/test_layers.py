@@ -35,6 +35,7 @@ LAYERS = (
     ("vqkernels.ops",),
     ("vqkernels.dispatch",),
     ("backend",),
+    ("vqkernels._cuda_residual",),
     ("vqkernels._cpu_nearest", "vqkernels._cuda_nearest"),
     ("vqkernels._cuda", "vqkernels._triton"),
     ("vqkernels._native", "vqkernels.tuned"),

@@ -77,6 +77,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [_rows, _codes, c_int32, c_int32, POINTER(SearchPlan), c_void_p, _int64, _float, c_int32, c_void_p],
     ),
+    "vqk_cuda_residual_nearest_workspace": (c_int64, [_rows, _codes, c_int32, POINTER(SearchPlan)]),
+    "vqk_cuda_residual_nearest": (
+        c_int32,
+        [_rows, _codes, c_int32, POINTER(SearchPlan), c_void_p, _int64, _rows, _float, c_int32, c_void_p],
+    ),
 }
 
 

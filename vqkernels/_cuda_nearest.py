@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqkernels import _cuda, _native
 
-__all__ = ["Device", "Plan", "describe", "plan", "run", "supports"]
+__all__ = ["Device", "Plan", "describe", "device_of", "plan", "run", "summary", "supports"]
 
 SCREENS = ("float64, no screen", "mma.sync screen", "wgmma screen")
 DIRECT, SM80, SM90 = range(3)
@@ -56,8 +56,8 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def plan(heads: int, rows: int, codes: int, dim: int, device: Device) -> Plan:
-    """The plan for (H, N, D) rows and (H, K, D) codes.
+def plan(heads: int, rows: int, codes: int, dim: int, device: Device, direct_work: int = DIRECT_WORK) -> Plan:
+    """The plan for (H, N, D) rows and (H, K, D) codes; without a screen up to ``direct_work``.
 
     Example:
         >>> plan(1, 65536, 16384, 256, Device((9, 0), 132))
@@ -65,7 +65,7 @@ def plan(heads: int, rows: int, codes: int, dim: int, device: Device) -> Plan:
         >>> plan(1, 8, 2048, 256, Device((9, 0), 132)).screen
         0
     """
-    if heads * rows <= DIRECT_ROWS and heads * rows * codes * dim <= DIRECT_WORK:
+    if heads * rows <= DIRECT_ROWS and heads * rows * codes * dim <= direct_work:
         return Plan(DIRECT, 1, max(rows, 1), 1)
     screen = SM90 if device.capability == (9, 0) and dim <= 512 else SM80
     block_rows = 256 if screen == SM90 and dim <= 256 else 128
@@ -85,8 +85,13 @@ def _device(index: int) -> Device:
     return Device((properties.major, properties.minor), properties.multi_processor_count)
 
 
+def device_of(x: Tensor) -> Device:
+    """Where the kernels of a call with ``x`` run."""
+    return _device(x.device.index) if x.is_cuda else HOSTED
+
+
 def _plan(x: Tensor, codebook: Tensor) -> tuple[Plan, Device]:
-    device = _device(x.device.index) if x.is_cuda else HOSTED
+    device = device_of(x)
     return plan(x.shape[0], x.shape[1] * x.shape[2], codebook.shape[1], codebook.shape[2], device), device
 
 
@@ -103,6 +108,11 @@ def supports(x: Tensor, codebook: Tensor) -> str | None:
 def describe(x: Tensor, codebook: Tensor) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
     chosen, _ = _plan(x, codebook)
+    return summary(chosen)
+
+
+def summary(chosen: Plan) -> str:
+    """A plan in words."""
     if chosen.screen == DIRECT:
         return SCREENS[DIRECT]
     splits = f", codes split {chosen.splits} times" if chosen.splits > 1 else ""

@@ -17,6 +17,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define VQK_DEVICE [[maybe_unused]] static inline
@@ -50,6 +51,8 @@ inline thread_local Ids ids;  // of the fibre that runs
 
 // Orders of execution: 0 is ascending, every other seed another mixture of random, eager and starving ones.
 void set_seed(uint64_t seed);
+// How many kernels have been started.
+int64_t launches();
 
 // Stops this fibre and the launch, which returns VQK_INTERNAL with the message. Does not return.
 [[noreturn]] void error(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -90,7 +93,10 @@ void engine(std::function<void()> work);
 void sleep(const void *key, const char *what);
 void wake(const void *key);
 
-int32_t run(const char *what, dim3 grid, dim3 block, size_t shared, const std::function<void()> &body);
+// Waits for all threads of a cooperative launch.
+void grid_barrier();
+
+int32_t run(const char *what, dim3 grid, dim3 block, size_t shared, bool cooperative, const std::function<void()> &body);
 
 }  // namespace host
 
@@ -98,11 +104,20 @@ struct Launch {
   dim3 grid, block;
   size_t shared;
   void *stream;
+  bool cooperative = false;
 };
 
 template <class... Parameters, class... Arguments>
 int32_t launch(const char *what, void (*kernel)(Parameters...), const Launch &how, Arguments... arguments) {
-  return host::run(what, how.grid, how.block, how.shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  return host::run(what, how.grid, how.block, how.shared, how.cooperative,
+                   [&] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+// Two blocks fit on each multiprocessor.
+template <class... Parameters>
+int32_t resident_blocks(const char *, void (*)(Parameters...), int, size_t, int multiprocessors, int *blocks) {
+  *blocks = 2 * multiprocessors;
+  return VQK_OK;
 }
 
 template <class T>
@@ -115,6 +130,7 @@ inline int lane() { return static_cast<int>(host::ids.thread.x & 31); }
 inline int warp() { return static_cast<int>(host::ids.thread.x >> 5); }
 
 inline void barrier_sync(int id, int threads) { host::barrier(id, threads, true, "barrier_sync"); }
+inline void grid_barrier() { host::grid_barrier(); }
 inline void barrier_arrive(int id, int threads) { host::barrier(id, threads, false, "barrier_arrive"); }
 
 inline void check_aligned(const void *pointer, size_t bytes, const char *what) {

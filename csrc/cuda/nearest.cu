@@ -4,6 +4,7 @@
 #include "cuda/nearest_finish.cuh"
 #include "cuda/nearest_sm80.cuh"
 #include "cuda/nearest_sm90.cuh"
+#include "cuda/nearest_steps.h"
 #include "cuda/runtime.cuh"
 
 namespace vqk {
@@ -26,6 +27,8 @@ Layout layout_of(int dim, int kernel) {
   return {64, panels, split};
 }
 
+}  // namespace
+
 int32_t check(const vqk_rows *x, const vqk_codes *e, int32_t metric, const vqk_cuda_search_plan *plan) {
   if (x->dtype == VQK_F64 || e->dtype == VQK_F64) return fail(VQK_UNSUPPORTED, "nearest: float64 is not searched on CUDA");
   if (x->size[0] != e->size[0] || x->size[3] != e->size[2] || e->size[1] < 1 || e->size[2] < 1)
@@ -46,9 +49,8 @@ int32_t check(const vqk_rows *x, const vqk_codes *e, int32_t metric, const vqk_c
   return VQK_OK;
 }
 
-// Everything but the rows of the chunk at hand. Returns the bytes of workspace.
-int64_t describe(const vqk_rows *x, const vqk_codes *e, int32_t metric, int32_t precision, const vqk_cuda_search_plan *plan,
-                 void *workspace, Search *s) {
+void prepare(const vqk_rows *x, const vqk_codes *e, int32_t metric, int32_t precision, const vqk_cuda_search_plan *plan,
+             Search *s) {
   *s = Search();
   s->x = x->data;
   s->e = e->data;
@@ -60,17 +62,11 @@ int64_t describe(const vqk_rows *x, const vqk_codes *e, int32_t metric, int32_t 
   s->inner = std::max<int64_t>(x->size[2], 1);
   s->num_codes = static_cast<int32_t>(e->size[1]);
   s->dim = static_cast<int32_t>(e->size[2]);
-  Workspace space(workspace);
-  const auto take = [&space](auto *&part, int64_t count) { part = space.take<std::remove_reference_t<decltype(*part)>>(count); };
-  const int64_t heads = s->heads;
   if (plan->screen == VQK_SCREEN_NONE) {
     s->direct = 1;
-    const int64_t rows = heads * s->num_rows;
+    const int64_t rows = std::max<int64_t>(1, s->heads * s->num_rows);
     s->slices = std::max<int>(1, std::min<int>(blocks_of(s->num_codes, 32), blocks_of(4 * plan->multiprocessors, rows)));
-    take(s->ticket, rows);
-    take(s->slice_value, rows * s->slices);
-    take(s->slice_code, rows * s->slices);
-    return space.bytes();
+    return;
   }
   const bool hopper = plan->screen == VQK_SCREEN_SM90;
   s->layout = layout_of(s->dim, plan->screen);
@@ -88,13 +84,40 @@ int64_t describe(const vqk_rows *x, const vqk_codes *e, int32_t metric, int32_t 
   s->accumulation = static_cast<float>(2.0 * (dims / 8) * (9 * 0x1p-24 + 0x1p-23) * (1 + 0x1p-20));
   s->rows_padded = blocks_of(std::min(plan->chunk_rows, std::max<int64_t>(s->num_rows, 1)), padded_rows) * padded_rows;
   s->slices = std::max(1, std::min(16, blocks_of(s->num_codes, 4096)));
-  const int64_t rows = heads * s->rows_padded;
+}
+
+// A part of the workspace for each pointer that it is called with.
+struct Taker {
+  Workspace &space;
+  template <class T>
+  void operator()(T *&part, int64_t count) const {
+    part = space.take<T>(count);
+  }
+};
+
+void take_codes(Search *s, Workspace &space) {
+  if (s->direct) return;
+  const Taker take{space};
+  const int64_t heads = s->heads;
   take(s->centre, heads * s->dim);
   take(s->head_state, 2 * heads);
   take(s->largest, heads * s->num_codes);
-  if (metric == VQK_COSINE) take(s->norms, heads * s->num_codes);
+  if (s->metric == VQK_COSINE) take(s->norms, heads * s->num_codes);
   take(s->codes, heads * s->tiles * s->tile_bytes);
-  take(s->packed, rows * 2 * dims);
+}
+
+void take_rows(Search *s, Workspace &space) {
+  const Taker take{space};
+  const int64_t heads = s->heads;
+  if (s->direct) {
+    const int64_t rows = heads * s->num_rows;
+    take(s->ticket, rows);
+    take(s->slice_value, rows * s->slices);
+    take(s->slice_code, rows * s->slices);
+    return;
+  }
+  const int64_t rows = heads * s->rows_padded;
+  take(s->packed, rows * 2 * s->layout.width * s->layout.panels);
   take(s->info, rows * 5);
   take(s->part, rows * s->lists);
   take(s->threshold, rows);
@@ -106,9 +129,11 @@ int64_t describe(const vqk_rows *x, const vqk_codes *e, int32_t metric, int32_t 
   take(s->ticket, most_sliced);
   take(s->slice_value, static_cast<int64_t>(most_sliced) * s->slices);
   take(s->slice_code, static_cast<int64_t>(most_sliced) * s->slices);
-  return space.bytes();
 }
 
+namespace {
+
+// Launches until one fails.
 struct Run {
   void *stream;
   int32_t status = VQK_OK;
@@ -170,8 +195,13 @@ void run_collect_wide(Run &run, const Search &s, int multiprocessors) {
       threads80, sizeof(Shared80<width, 0>), s);
 }
 
-void search_chunk(Run &run, const Search &s, const vqk_cuda_search_plan *plan) {
+void search_chunk(Run &run, Search s, const vqk_cuda_search_plan *plan) {
   run("nearest: pack rows", pack_rows, s.rows_padded / rows_per_block, s.heads, 256, sizeof(RowsShared), s);
+  if (s.residual != nullptr) {
+    s.x = s.residual;
+    s.x_dtype = VQK_F32;
+    s.x_dim = 1, s.x_row = s.dim, s.x_batch = s.inner * s.dim, s.x_head = s.num_rows * s.dim;
+  }
   if (plan->screen == VQK_SCREEN_SM90)
     screen_by_groups(run, s, plan->multiprocessors);
   else
@@ -188,6 +218,24 @@ void search_chunk(Run &run, const Search &s, const vqk_cuda_search_plan *plan) {
 }
 
 }  // namespace
+
+int32_t pack(const Search &s, void *stream) {
+  Run run{stream};
+  run("nearest: centre", pack_centre, blocks_of(s.dim, 32), s.heads, 256, sizeof(CentreShared), s);
+  run("nearest: code sizes", pack_stats, blocks_of(s.num_codes, 32), s.heads, 256, 0, s);
+  run("nearest: pack codes", pack_codes, s.tiles, s.heads, 256, sizeof(CodesShared), s);
+  return run.status;
+}
+
+int32_t search(Search s, const vqk_cuda_search_plan *plan, void *stream) {
+  Run run{stream};
+  for (s.first_row = 0; s.first_row < s.num_rows; s.first_row += plan->chunk_rows) {
+    s.rows = static_cast<int32_t>(std::min(plan->chunk_rows, s.num_rows - s.first_row));
+    search_chunk(run, s, plan);
+  }
+  return run.status;
+}
+
 }  // namespace nearest
 }  // namespace vqk
 
@@ -196,7 +244,11 @@ int64_t vqk_cuda_nearest_workspace(const vqk_rows *x, const vqk_codes *codebook,
   using namespace vqk::nearest;
   if (check(x, codebook, metric, plan) != VQK_OK) return -1;
   Search s;
-  return describe(x, codebook, metric, VQK_EXACT, plan, nullptr, &s);
+  vqk::Workspace space(nullptr);
+  prepare(x, codebook, metric, VQK_EXACT, plan, &s);
+  take_codes(&s, space);
+  take_rows(&s, space);
+  return space.bytes();
 }
 
 int32_t vqk_cuda_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision,
@@ -206,25 +258,22 @@ int32_t vqk_cuda_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t m
   using namespace vqk::nearest;
   if (const int32_t status = check(x, codebook, metric, plan); status != VQK_OK) return status;
   Search s;
-  describe(x, codebook, metric, precision, plan, workspace, &s);
+  Workspace space(workspace);
+  prepare(x, codebook, metric, precision, plan, &s);
+  take_codes(&s, space);
+  take_rows(&s, space);
   s.indices = indices;
   s.score = score;
   if (s.num_rows == 0 || s.heads == 0) return VQK_OK;
   const OnDevice guard(device);
   if (guard.status() != VQK_OK) return guard.status();
-  Run run{stream};
   if (s.direct) {
+    Run run{stream};
     const int64_t rows = s.heads * s.num_rows;
     run("nearest: tickets", clear_tickets, 1, 1, 256, 0, s);
     run("nearest: scan", scan_rows, std::min<int64_t>(rows * s.slices, 8 * plan->multiprocessors), 1, 256, sizeof(ScanShared), s);
     return run.status;
   }
-  run("nearest: centre", pack_centre, blocks_of(s.dim, 32), s.heads, 256, sizeof(CentreShared), s);
-  run("nearest: code sizes", pack_stats, blocks_of(s.num_codes, 32), s.heads, 256, 0, s);
-  run("nearest: pack codes", pack_codes, s.tiles, s.heads, 256, sizeof(CodesShared), s);
-  for (s.first_row = 0; s.first_row < s.num_rows; s.first_row += plan->chunk_rows) {
-    s.rows = static_cast<int32_t>(std::min(plan->chunk_rows, s.num_rows - s.first_row));
-    search_chunk(run, s, plan);
-  }
-  return run.status;
+  if (const int32_t status = pack(s, stream); status != VQK_OK) return status;
+  return search(s, plan, stream);
 }

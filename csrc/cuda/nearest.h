@@ -62,6 +62,12 @@ struct Search {
   double *slice_value;    // (scan items)
   int32_t *slice_code;
   int32_t slices, direct;
+  // Levels of a residual search, or null: packing takes a code off each row and writes the difference to `residual`
+  // (H, N, D), which is what later kernels read.
+  const float *less_codes;  // (H, less_count, D)
+  const int64_t *less_index;
+  int64_t less_count;
+  float *residual;
 };
 
 // What a row's `state` says.

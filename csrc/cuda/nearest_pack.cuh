@@ -182,16 +182,28 @@ struct RowsShared {
   float value[rows_per_block][65];
 };
 
+// Of a level of a residual search: one value less that of the row's code, or, `again`, what became of it. By the same thread.
+VQK_DEVICE float next_residual(const Search &s, int head, int64_t n, int d, float value, bool again) {
+  const int64_t row = head * s.num_rows + n;
+  float *to = s.residual + row * s.dim + d;
+  if (again) return *to;
+  return *to = __fsub_rn(value, s.less_codes[(head * s.less_count + s.less_index[row]) * s.dim + d]);
+}
+
 // 64 dims of 32 rows, minus the centre: read along whichever of the two lies in a row in memory.
-VQK_DEVICE void load_rows(const Search &s, RowsShared &shared, int head, int first, int first_dim) {
+VQK_DEVICE void load_rows(const Search &s, RowsShared &shared, int head, int first, int first_dim, bool again) {
   const float *centre = s.centre + static_cast<int64_t>(head) * s.dim;
   const bool along_rows = s.x_row == 1 && s.x_dim != 1;
   for (int i = static_cast<int>(threadIdx.x); i < rows_per_block * 64; i += 256) {
     const int r = along_rows ? i % rows_per_block : i / 64, j = along_rows ? i / rows_per_block : i % 64;
     const int d = first_dim + j;
     float value = 0;
-    if (first + r < s.rows && d < s.dim)
-      value = load_float(s.x, s.x_dtype, row_start(s, head, s.first_row + first + r) + d * s.x_dim) - centre[d];
+    if (first + r < s.rows && d < s.dim) {
+      const int64_t n = s.first_row + first + r;
+      if (s.residual == nullptr || !again) value = load_float(s.x, s.x_dtype, row_start(s, head, n) + d * s.x_dim);
+      if (s.residual != nullptr) value = next_residual(s, head, n, d, value, again);
+      value -= centre[d];
+    }
     shared.value[r][j] = value;
   }
 }
@@ -208,7 +220,7 @@ __global__ void __launch_bounds__(256) pack_rows(const Search s) {
   bool nan[4] = {false, false, false, false}, wild[4] = {false, false, false, false};
   for (int first_dim = 0; first_dim < s.dim; first_dim += 64) {
     if (first_dim > 0) __syncthreads();
-    load_rows(s, shared, head, first, first_dim);
+    load_rows(s, shared, head, first, first_dim, false);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -244,7 +256,7 @@ __global__ void __launch_bounds__(256) pack_rows(const Search s) {
   for (int first_dim = 0; first_dim < dims; first_dim += 64) {
     if (s.dim > 64) {  // else the dims are still there
       __syncthreads();
-      load_rows(s, shared, head, first, first_dim);
+      load_rows(s, shared, head, first, first_dim, true);
       __syncthreads();
     }
 #pragma unroll

@@ -10,7 +10,8 @@
 //   * Shared memory is ONE struct per kernel, shared_memory<T>(), and the launch passes sizeof(T). It starts as 0xff bytes
 //     (NaN) in every block, ends in a redzone, and its arrays know their bounds.
 //   * Kernels are started by launch(), and threads wait only by calling what is listed here: never by spinning on memory.
-//     Blocks run one after another, so none may wait for another ("the last block does the rest" is fine).
+//     Blocks run one after another, so none may wait for another ("the last block does the rest" is fine), but for
+//     grid_barrier() in a cooperative launch, whose blocks run in turns.
 //
 // Float atomics are missing on purpose: results must not depend on the order of threads. Something is missing? Add
 // both halves here and in host_execution.h, and a line in tests/gpu_free/portable_selftest.cu.
@@ -63,6 +64,7 @@
 #include "cuda/host_execution.h"
 #else
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -71,28 +73,48 @@
 
 namespace vqk {
 
-// Grid and block in threads; `shared` bytes of dynamic shared memory.
+// Grid and block in threads; `shared` bytes of dynamic shared memory. Of a `cooperative` launch all blocks are resident at
+// once, resident_blocks() at most, or it fails; it can be captured in a graph like any other (the attribute is valid
+// for graph nodes).
 struct Launch {
   dim3 grid, block;
   size_t shared;
   void *stream;
+  bool cooperative = false;
 };
+
+inline int32_t allow_shared(const char *what, const void *kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return VQK_OK;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status == cudaSuccess) return VQK_OK;
+  return fail(VQK_UNSUPPORTED, "%s: %zu bytes of shared memory: %s", what, bytes, cudaGetErrorString(status));
+}
+
+// Blocks of a kernel that the current device runs at once. The host asks the driver's tables, not the device.
+template <class... Parameters>
+int32_t resident_blocks(const char *what, void (*kernel)(Parameters...), int threads, size_t shared, int multiprocessors,
+                        int *blocks) {
+  if (const int32_t status = allow_shared(what, reinterpret_cast<const void *>(kernel), shared)) return status;
+  const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared);
+  *blocks *= multiprocessors;
+  return status == cudaSuccess ? int32_t{VQK_OK} : fail(VQK_INTERNAL, "%s: %s", what, cudaGetErrorString(status));
+}
 
 // Starts a kernel on the current device; `what` names it in the error. Never waits.
 template <class... Parameters, class... Arguments>
 int32_t launch(const char *what, void (*kernel)(Parameters...), const Launch &how, Arguments... arguments) {
   if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return VQK_OK;
-  if (how.shared > 48 * 1024) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
-    if (status != cudaSuccess)
-      return fail(VQK_UNSUPPORTED, "%s: %zu bytes of shared memory: %s", what, how.shared, cudaGetErrorString(status));
-  }
+  if (const int32_t status = allow_shared(what, reinterpret_cast<const void *>(kernel), how.shared)) return status;
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid;
   config.blockDim = how.block;
   config.dynamicSmemBytes = how.shared;
   config.stream = static_cast<cudaStream_t>(how.stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = how.cooperative ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return status == cudaSuccess ? int32_t{VQK_OK} : fail(VQK_INTERNAL, "%s: %s", what, cudaGetErrorString(status));
 }
@@ -103,6 +125,9 @@ VQK_DEVICE T &shared_memory() {
   extern __shared__ __align__(1024) unsigned char vqk_shared[];
   return *reinterpret_cast<T *>(vqk_shared);
 }
+
+// Waits for all threads of a cooperative launch; what they wrote before is visible after.
+VQK_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 VQK_DEVICE int lane() { return static_cast<int>(threadIdx.x & 31); }
 VQK_DEVICE int warp() { return static_cast<int>(threadIdx.x >> 5); }

@@ -62,6 +62,15 @@ def set_seed(seed: int) -> None:
     function(seed)
 
 
+def launches() -> int:
+    """How many kernels the hosted library has started."""
+    import ctypes
+
+    function = _cuda.lib().vqk_cuda_host_launches
+    function.restype, function.argtypes = ctypes.c_int64, []
+    return int(function())
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What one kernel takes on one architecture."""

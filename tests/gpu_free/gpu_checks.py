@@ -7,7 +7,7 @@ kernels, where streams are nothing and a captured graph is a function that is ca
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +21,8 @@ from vqkernels import dispatch, ops
 __all__ = ["CHECKS", "STEPS", "Place", "given", "run"]
 
 # Same bits as the reference; the others add in another order, or in float32 where the reference has float64.
-EXACT = {"nearest", "lookup", "codebook_sum"}
+EXACT = {"nearest", "residual_nearest", "lookup", "codebook_sum"}
+SEARCHES = {"nearest", "residual_nearest"}
 
 
 class Place:
@@ -78,9 +79,10 @@ class Place:
         return peak
 
 
-def given(op: str, place: Place, seed: int = 0, sizes: tuple[int, ...] = (2, 3, 11, 20, 37)) -> list[Any]:
+def given(op: str, place: Place, seed: int = 0, sizes: tuple[int, ...] | None = None) -> list[Any]:
     """Arguments of one call without ``backend``; H, B, S, D and K. Odd seeds make channel-first rows."""
-    h, b, s, d, k = sizes
+    # Three searches in one call: fewer rows, where every thread or program is executed on the host.
+    h, b, s, d, k = sizes or ((2, 1, 5, 9, 37) if op == "residual_nearest" else (2, 3, 11, 20, 37))
     generator = torch.Generator().manual_seed(seed)
     layout = "channel_first" if seed % 2 else "rows"
     z, codes = torch.randn(h, b, s, d, generator=generator), torch.randn(h, k, d, generator=generator)
@@ -92,6 +94,7 @@ def given(op: str, place: Place, seed: int = 0, sizes: tuple[int, ...] = (2, 3, 
     counts = torch.randint(0, 9, (h, k), generator=generator).float()
     arguments: dict[str, list[Any]] = {
         "nearest": [z, codes, ("l2", "cosine", "dot")[seed % 3], "exact"],
+        "residual_nearest": [z, [codes, codes[:, : k // 2 + 1] * 0.5, codes * 0.25], seed % 2 == 1],
         "lookup": [codes, indices, seed % 2 == 1, None],
         "codebook_sum": [z, indices, k],
         "ema_update": [counts + 1, codes + 1, codes.clone(), counts, codes * 2, 0.5, 1e-5, seed % 2 == 1],
@@ -100,7 +103,20 @@ def given(op: str, place: Place, seed: int = 0, sizes: tuple[int, ...] = (2, 3, 
         "quantize_output": [z, codes, indices, torch.rand(h, b, s, generator=generator) if seed % 2 else None,
                             True, seed % 2 == 1],
     }  # fmt: skip
-    return [a.to(place.device) if isinstance(a, Tensor) else a for a in arguments[op]]
+
+    def there(a: Any) -> Any:
+        return [there(e) for e in a] if isinstance(a, list) else a.to(place.device) if isinstance(a, Tensor) else a
+
+    moved: list[Any] = there(arguments[op])
+    return moved
+
+
+def tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    """Those among the arguments, those in lists included."""
+    found = []
+    for a in arguments:
+        found += [a] if isinstance(a, Tensor) else tensors(a) if isinstance(a, list) else []
+    return found
 
 
 def run(op: str, arguments: list[Any], backend: str) -> list[Tensor]:
@@ -119,7 +135,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 def check_results_are_the_references(place: Place, op: str) -> None:
     # Three of the search are enough where other tests are about it and cost more than here.
-    for seed in range(6 if place.cuda or op != "nearest" else 3):
+    for seed in range(6 if place.cuda or op not in SEARCHES else 3):
         arguments = given(op, place, seed)
         found = run(op, arguments, place.backend)
         expected = run(op, given(op, Place("reference"), seed), "reference")
@@ -132,7 +148,7 @@ def check_results_are_the_references(place: Place, op: str) -> None:
 
 def check_two_runs_have_the_same_bits(place: Place, op: str) -> None:
     # More rows than a block or a chunk of sums has.
-    arguments = given(op, place, 1, (1, 2, 350 if place.cuda or op != "nearest" else 30, 9, 5))
+    arguments = given(op, place, 1, (1, 2, 350 if place.cuda or op not in SEARCHES else 30, 9, 5))
     first = run(op, arguments, place.backend)
     for _ in range(3 if place.cuda else 1):
         assert same(run(op, arguments, place.backend), first)
@@ -156,9 +172,8 @@ def check_a_captured_call_follows_its_arguments(place: Place, op: str) -> None:
     static = given(op, place, 2)
     replay, results = place.captured(lambda: run(op, static, place.backend))
     for seed in (8, 14):  # of one kind with 2: the same metric, gradient and layout
-        for to, new in zip(static, given(op, place, seed), strict=True):
-            if isinstance(to, Tensor):
-                to.copy_(new)
+        for to, new in zip(tensors(static), tensors(given(op, place, seed)), strict=True):
+            to.copy_(new)
         replay()
         place.wait()
         assert same(results, run(op, static, place.backend)), seed
@@ -168,7 +183,7 @@ def check_memory_is_that_of_rows_and_codes(place: Place, op: str) -> None:
     n, k, d = (20000, 3000, 16) if place.cuda else (70, 40, 5)
     arguments = given(op, place, 0, (1, 1, n, d, k))
     results = run(op, arguments, place.backend)
-    held = sum(t.numel() * t.element_size() for t in [*results, *arguments] if isinstance(t, Tensor))
+    held = sum(t.numel() * t.element_size() for t in tensors([*results, *arguments]))
     peak = place.peak(lambda: run(op, arguments, place.backend))
     assert peak <= 16 * held + 2**21, f"{peak} bytes beside {held} given and returned; N x K floats are {4 * n * k}"
 

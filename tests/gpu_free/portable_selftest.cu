@@ -1,6 +1,7 @@
 // Does csrc/cuda/portable.cuh do what CUDA does, and does its host half notice what it should? Prints a line per failure.
 //
 // Built by csrc/CMakeLists.txt for the host (target vqk_portable_selftest), run by test_cuda_host.py with several seeds.
+#include <algorithm>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -133,6 +134,19 @@ __global__ void arithmetic(const double *x, double *out) {
   out[1] = vqk::half_to_float(vqk::float_to_half(1.0f / 3));
 }
 
+// Blocks pass numbers on to their neighbours, in turns. Without the barrier a block that is ahead reads what is not there yet;
+// with a thread that leaves (`all` false), nobody can go on.
+template <bool with_barrier, bool all>
+__global__ void pass_on(int *turns, int count) {
+  const int blocks = static_cast<int>(gridDim.x), self = static_cast<int>(blockIdx.x);
+  if (!all && self == 1 && threadIdx.x == 3) return;
+  for (int turn = 1; turn < count; ++turn) {
+    if (threadIdx.x == 0) turns[turn * blocks + self] = turns[(turn - 1) * blocks + (self + 1) % blocks] + 1;
+    if (with_barrier) vqk::grid_barrier();
+    __syncthreads();
+  }
+}
+
 bool fails_with(int32_t status, const char *text) {
   return status == VQK_INTERNAL && std::string(vqk_last_error()).find(text) != std::string::npos;
 }
@@ -175,6 +189,20 @@ int run(uint64_t seed) {
   expect(vqk::launch("stages", stages<1>, staged, v.data(), 5, sums.data()) == VQK_OK && summed(), "cp.async");
   vqk::launch("stages", stages<2>, staged, v.data(), 5, sums.data());
   expect(!summed(), "a missing wait for cp.async shows up");
+
+  std::vector<int> turns(40 * 5);
+  const auto passed = [&] { return std::count(turns.end() - 5, turns.end(), 39) == 5; };
+  const Launch jointly{5, 64, 0, nullptr, true};
+  expect(vqk::launch("pass_on", pass_on<true, true>, jointly, turns.data(), 40) == VQK_OK && passed(), "a grid's barrier");
+  turns.assign(turns.size(), 0);
+  vqk::launch("pass_on", pass_on<false, true>, jointly, turns.data(), 40);
+  expect(!passed(), "a grid's missing barrier shows up");
+  expect(fails_with(vqk::launch("pass_on", pass_on<true, false>, jointly, turns.data(), 40), "in grid_barrier"),
+         "a block that does not come is noticed");
+  expect(fails_with(vqk::launch("pass_on", pass_on<true, true>, {5, 64, 0, nullptr}, turns.data(), 40), "is not cooperative"),
+         "a grid's barrier wants a cooperative launch");
+  turns.assign(turns.size(), 0);
+  expect(vqk::launch("pass_on", pass_on<true, true>, jointly, turns.data(), 40) == VQK_OK && passed(), "works after that");
 
   expect(fails_with(vqk::launch("divergent", divergent, {2, 64, 0, nullptr}), "nobody can go on: 32 threads wait"), "deadlock");
   expect(fails_with(vqk::launch("reverse", reverse<true>, {1, 257, 8, nullptr}, out.data()), "the launch gave 8 bytes"),

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 from launches import Launch, compiled, recorded, resources
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 from vqkernels import _triton
 from vqkernels._triton import interpreted, selftest
@@ -29,6 +30,7 @@ from vqkernels.ops.lookup import triton as lookup
 from vqkernels.ops.nearest import triton as nearest
 from vqkernels.ops.quantize_grad import triton as quantize_grad
 from vqkernels.ops.quantize_output import triton as quantize_output
+from vqkernels.ops.residual_nearest import triton as residual_nearest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vqkernels"
 TARGETS = {
@@ -51,7 +53,7 @@ SEARCHES = (
     (8, 3000, 256, "l2", torch.float32, torch.float32),
     (1, 1, 1, "l2", torch.float32, torch.float32),
 )
-F64_SUM = {"decide", "scan", "resolve", "code_stats"}
+F64_SUM = {"decide", "scan", "resolve", "code_stats", "_few"}
 
 
 @functools.cache
@@ -71,8 +73,17 @@ def launches() -> tuple[Launch, ...]:
             selftest._measure(torch.device("cpu"), probe)
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             for d in (7, 256) if dtype == torch.float32 else (256,):
+                all_levels(d, dtype)
                 other_ops(torch.zeros(2, 3, 50, d, dtype=dtype), torch.zeros(2, 100, d, dtype=dtype))
     return tuple(found)
+
+
+def all_levels(d: int, dtype: torch.dtype) -> None:
+    if dtype == torch.float64:
+        return
+    for n, k in ((1, 2048), (16, 300), (5000, 1024)):
+        x, codes = torch.zeros(1, 1, 1, d, dtype=dtype).expand(1, 1, n, d), torch.zeros(1, 1, d).expand(1, k, d)
+        residual_nearest.run(x, [codes] * 3, n > 1)
 
 
 def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
@@ -201,6 +212,24 @@ def test_launches_of_a_search_are_counted(
     assert set(operators.names) - {"empty", "fill_"} == ({"sort"} if "merge" in kernels else set())
 
 
+@pytest.mark.parametrize("levels", [1, 8])
+def test_launches_of_a_residual_search_are_counted(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "holds", lambda *args: True)
+    codebooks = [torch.zeros(1, 2048, 256)] * levels
+    for n, kernels in (
+        (16, ["_few"] * (levels + 1)),
+        (64, [*FEW, "_subtract"] * levels),
+        (5000, [*MANY, "_subtract"] * levels),
+    ):
+        launched: list[str] = []
+        monkeypatch.setattr(JITFunction, "run", lambda self, *a, log=launched, **k: log.append(self.fn.__name__))
+        x = torch.zeros(1, 1, 1, 256).expand(1, 1, n, 256)
+        with Operators() as operators:
+            residual_nearest.run(x, codebooks, False)
+        assert launched == kernels
+        assert set(operators.names) - {"empty", "fill_"} == ({"sort"} if n == 5000 else set())
+
+
 def test_launches_of_the_epilogue_are_two() -> None:
     z, codes, indices = torch.zeros(1, 1, 50, 20), torch.zeros(1, 300, 20), torch.zeros(1, 1, 50, dtype=torch.int64)
     with recorded() as found:
@@ -244,6 +273,10 @@ def test_kernel_is_deterministic_and_does_not_recompile_with_sizes(path: Path, n
     blocks = {c for c in constants if c.startswith("BLOCK")}
     options = {
         "METRIC",
+        "MERGE",
+        "SCORE",
+        "BEGIN",
+        "LAST",
         "SPLIT",
         "SPLITS",
         "RESIDENT",

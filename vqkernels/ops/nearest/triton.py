@@ -153,18 +153,22 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     """Pack the codes, then chunks of rows that bound the scratch memory."""
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     score = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    if indices.numel() == 0:
-        return indices, score
+    if indices.numel() > 0:
+        _run_into(x, codebook, metric, precision, indices, score)
+    return indices, score
+
+
+def _run_into(x: Tensor, codebook: Tensor, metric: str, precision: str, indices: Tensor, score: Tensor) -> None:
+    """``run`` with its results given, contiguous; there is at least one row."""
     with _triton.on_device(x):
         plan = _plan(x, codebook)
         if not selftest.holds(x.device, *_probes(plan)):
             _scan_all(x, codebook, METRICS[metric], indices, score)
-            return indices, score
+            return
         keep = 1.0 if precision == "exact" else 0.0
         codes = _pack(x, codebook, METRICS[metric], plan, keep)
         for first in range(0, x.shape[1] * x.shape[2], plan.chunk):
             _search(x, codebook, METRICS[metric], plan, codes, keep, first, indices, score)
-    return indices, score
 
 
 def _scan_all(x: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:

@@ -7,41 +7,23 @@ Called by ``dispatch``. Packed codebooks come from the same cache as those of ``
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from vqkernels import _cpu_nearest, _cuda, _native
-
-
-@functools.cache
-def _on_cuda() -> ModuleType | None:
-    try:
-        return importlib.import_module("vqkernels._cuda_residual")
-    except ModuleNotFoundError as e:
-        if e.name == "vqkernels._cuda_residual":
-            return None
-        raise
+from vqkernels import _cpu_nearest, _cuda, _cuda_residual, _native
 
 
 def supports(x: Tensor, codebooks: Sequence[Tensor], channel_first: bool) -> str | None:
-    """Every shape and dtype that the public function lets through."""
-    if not _cuda.serves(x):
-        return None
-    if (module := _on_cuda()) is None:
-        return "no CUDA kernel of residual_nearest"
-    reason: str | None = module.supports(x, codebooks)
-    return reason
+    """Every shape and dtype that the public function lets through; on CUDA no float64."""
+    return _cuda_residual.supports(x, codebooks) if _cuda.serves(x) else None
 
 
 def describe(x: Tensor, codebooks: Sequence[Tensor], channel_first: bool) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
-    if _cuda.serves(x) and (module := _on_cuda()) is not None:
-        return str(module.describe(x, codebooks))
+    if _cuda.serves(x):
+        return _cuda_residual.describe(x, codebooks)
     return f"{_native.ISAS[_isa(_native.lib(), codebooks)]} kernels, {torch.get_num_threads()} threads"
 
 
@@ -52,9 +34,8 @@ def _isa(lib: ctypes.CDLL, codebooks: Sequence[Tensor]) -> int:
 
 def run(x: Tensor, codebooks: Sequence[Tensor], channel_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Pack (or reuse) the codebooks and search."""
-    if _cuda.serves(x) and (module := _on_cuda()) is not None:
-        found: tuple[Tensor, Tensor, Tensor] = module.run(x, codebooks, channel_first)
-        return found
+    if _cuda.serves(x):
+        return _cuda_residual.run(x, codebooks, channel_first)
     lib = _native.lib()
     (h, b, s, d), levels = x.shape, len(codebooks)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
