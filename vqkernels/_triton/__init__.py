@@ -7,6 +7,7 @@ and they are imported by the first call that runs them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager
@@ -48,9 +49,15 @@ def unavailable(device: str) -> str | None:
         return f"no Triton kernels for {device} devices"
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed (pip install 'vqkernels[triton]')"
     return None
+
+
+@functools.cache
+def _installed() -> bool:
+    """Looked up once: on a GPU every call asks, and the search walks the folders of ``sys.path``."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def held_back(device: torch.device) -> str | None:

@@ -258,7 +258,7 @@ class VectorQuantizer(LearnedCodebook):
         if learning:
             with torch.no_grad():
                 found = rows.detach() if self.affine is None else self.affine.inverse(rows.detach())
-                counted = torch.where(out.score.isfinite() & _finite(rows, chosen), out.indices, -1)
+                counted = torch.where(_finite(rows, out.score, chosen), out.indices, -1)
                 self._learn(
                     found,
                     counted,
@@ -281,7 +281,7 @@ class VectorQuantizer(LearnedCodebook):
         if self.legacy:
             loss = torch.add(commitment_loss, codebook_loss, alpha=self.commitment_cost)
         else:
-            loss = self.commitment_cost * commitment_loss + codebook_loss
+            loss = torch.add(codebook_loss, commitment_loss, alpha=self.commitment_cost)
         if self.orthogonal_weight > 0:
             loss = loss + self.orthogonal_weight * orthogonality(self.codebook)
         return loss
@@ -341,6 +341,7 @@ class VectorQuantizer(LearnedCodebook):
             raise ValueError(f"z has shape {arguments.shape_of(z)} and no finite, valid vector; expected at least one")
 
 
-def _finite(rows: Tensor, chosen: Tensor | None) -> Tensor | bool:
+def _finite(rows: Tensor, score: Tensor, chosen: Tensor | None) -> Tensor:
     """Rows that may enter a statistic; the search's score tells already, a drawn code does not."""
-    return True if chosen is None else rows.isfinite().all(-1)
+    # Not isfinite(): on a GPU that is four kernels.
+    return score.abs() < torch.inf if chosen is None else rows.isfinite().all(-1)

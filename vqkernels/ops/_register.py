@@ -25,26 +25,20 @@ def register(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., 
         fake: shapes and dtypes of the results, for ``torch.compile`` and ``torch.export``.
     """
 
-    def run(*args: Any) -> Any:
-        return dispatch.call(name, args[-1], args[:-1])
-
     # needs_exact_strides: kernels read the strides they are given; Inductor must not lay inputs out anew.
     _library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))  # type: ignore[no-untyped-call]
-    _library.impl(name, _fill_defaults(name, run), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"vqkernels::{name}", fake, lib=_library)
     op: Callable[..., Any] = getattr(torch.ops.vqkernels, name).default
+    _library.impl(name, _implementation(name, op), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"vqkernels::{name}", fake, lib=_library)
     return op
 
 
-def _fill_defaults(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The dispatcher drops trailing arguments that equal their default: put them back, so that ``run`` sees all."""
-    defaults: list[Any] = []
+def _implementation(name: str, op: Any) -> Callable[..., Any]:
+    """What torch calls. It drops trailing arguments that equal their default: put them back, for backends take all."""
+    names = [a.name for a in op._schema.arguments]
+    defaults = [a.default_value for a in op._schema.arguments]
 
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not defaults:
-            schema = getattr(torch.ops.vqkernels, name).default._schema
-            defaults.extend(a.default_value for a in schema.arguments)
-            names.extend(a.name for a in schema.arguments)
+    def run(*args: Any, **kwargs: Any) -> Any:
         full = [*args, *defaults[len(args) :]]
         for key, value in kwargs.items():
             full[names.index(key)] = value
@@ -53,7 +47,7 @@ def _fill_defaults(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         for i, value in enumerate(full):
             if isinstance(value, torch.Tensor) and value.dim() == 5:
                 full[i] = value.squeeze(0)
-        return run(*full)
+        backend = full.pop()
+        return dispatch.call(name, backend, tuple(full))
 
-    names: list[str] = []
-    return wrapper
+    return run

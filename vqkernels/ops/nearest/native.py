@@ -8,6 +8,7 @@ seen because nothing but the values is trusted. Tensors on a GPU go to ``_cuda_n
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import threading
 from collections import OrderedDict
@@ -34,7 +35,12 @@ def _isa(lib: ctypes.CDLL, codebook: Tensor) -> int:
     """The instruction set that was asked for, else the fastest for these sizes."""
     if os.environ.get("VQKERNELS_ISA", "auto") not in ("", "auto"):
         return _native.isa()
-    return int(lib.vqk_cpu_nearest_isa(codebook.shape[1], codebook.shape[2]))
+    return _fastest(lib, codebook.shape[1], codebook.shape[2])
+
+
+@functools.cache
+def _fastest(lib: ctypes.CDLL, codes: int, dim: int) -> int:
+    return int(lib.vqk_cpu_nearest_isa(codes, dim))
 
 
 _lock = threading.Lock()
@@ -97,8 +103,8 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
             _native.PRECISIONS[precision],
             isa,
             None if packed is None else packed.data_ptr(),
-            _native.int64_pointer(indices),
-            _native.float_pointer(score),
+            indices.data_ptr(),
+            score.data_ptr(),
         )
     )
     return indices, score
