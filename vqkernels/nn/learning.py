@@ -195,10 +195,10 @@ class LearnedCodebook(nn.Module):
         mean = size.mean(-1, keepdim=True)
         dead = (size < self.dead_code_ratio * mean) & (found > 0)
         moved = dead.unsqueeze(-1)
-        codes.copy_(torch.where(moved, rows, codes))
+        torch.where(moved, rows, codes, out=codes)
         if average is not None:
-            average.copy_(torch.where(moved, rows * mean.unsqueeze(-1), average))
-        size.copy_(torch.where(dead, mean, size))
+            torch.where(moved, rows * mean.unsqueeze(-1), average, out=average)
+        torch.where(dead, mean, size, out=size)
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -74,7 +74,9 @@ def candidate_rows(
     total = order[:, -1:]
     code = torch.arange(num_codes, device=device)
     head = torch.arange(h, device=device)[:, None]
-    position = (scramble(step + 7919 * head) + code * total // num_codes) % total.clamp(min=1)
+    # Any whole number would do; multiples of a large odd one spread over the rows as steps go by.
+    first = (step + 7919 * head) * 0x1E3779B1
+    position = (first + code * total // num_codes) % total.clamp(min=1)
     row = torch.searchsorted(order, position, right=True).clamp(max=order.shape[1] - 1)
     found = (total > 0).expand(h, num_codes)
     if size > 1:

@@ -258,7 +258,7 @@ class VectorQuantizer(LearnedCodebook):
         if learning:
             with torch.no_grad():
                 found = rows.detach() if self.affine is None else self.affine.inverse(rows.detach())
-                counted = torch.where(_finite(rows, out.score, chosen), out.indices, -1)
+                counted = torch.where(self._finite(rows, out.score, chosen), out.indices, -1)
                 self._learn(
                     found,
                     counted,
@@ -330,6 +330,13 @@ class VectorQuantizer(LearnedCodebook):
         """The codes that are output; an EMA codebook holds unit vectors already."""
         return F.normalize(codes, dim=-1) if self.normalize and self.decay is None else codes
 
+    def _finite(self, rows: Tensor, score: Tensor, chosen: Tensor | None) -> Tensor:
+        """Rows that may enter a statistic; the search's score tells already, a drawn code does not."""
+        if chosen is not None:
+            return rows.isfinite().all(-1)
+        # Not isfinite(), which is several kernels on a GPU; a distance has no sign.
+        return (score if self.metric == "l2" else score.abs()) < torch.inf
+
     def initialize(self, z: Tensor, mask: Tensor | None = None) -> None:
         """k-means on ``z`` (as in :meth:`forward`), whatever ``init`` is; all processes must call.
 
@@ -339,9 +346,3 @@ class VectorQuantizer(LearnedCodebook):
         rows, valid = self._rows(self._inside(z), mask)
         if not self._start(rows, valid):
             raise ValueError(f"z has shape {arguments.shape_of(z)} and no finite, valid vector; expected at least one")
-
-
-def _finite(rows: Tensor, score: Tensor, chosen: Tensor | None) -> Tensor:
-    """Rows that may enter a statistic; the search's score tells already, a drawn code does not."""
-    # Not isfinite(): on a GPU that is four kernels.
-    return score.abs() < torch.inf if chosen is None else rows.isfinite().all(-1)

@@ -35,19 +35,16 @@ def register(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., 
 
 def _implementation(name: str, op: Any) -> Callable[..., Any]:
     """What torch calls. It drops trailing arguments that equal their default: put them back, for backends take all."""
-    names = [a.name for a in op._schema.arguments]
-    defaults = [a.default_value for a in op._schema.arguments]
+    defaults = tuple(a.default_value for a in op._schema.arguments)
+    tensors = [i for i, a in enumerate(op._schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        full = [*args, *defaults[len(args) :]]
-        for key, value in kwargs.items():
-            full[names.index(key)] = value
-        # (1, H, B, S, D) is (H, B, S, D): what autograd saves for a compiled backward pass must not be a 4-d view, or
-        # Inductor for CPU (torch 2.13) asks for channels-last strides and cannot order them when they are symbolic.
-        for i, value in enumerate(full):
-            if isinstance(value, torch.Tensor) and value.dim() == 5:
-                full[i] = value.squeeze(0)
-        backend = full.pop()
-        return dispatch.call(name, backend, tuple(full))
+    def run(*args: Any) -> Any:
+        args += defaults[len(args) :]
+        for i in tensors:
+            # (1, H, B, S, D) is (H, B, S, D): what autograd saves for a compiled backward pass must not be a 4-d view,
+            # or Inductor for CPU (torch 2.13) asks for channels-last strides and cannot order them when symbolic.
+            if args[i] is not None and args[i].dim() == 5:
+                args = (*args[:i], args[i].squeeze(0), *args[i + 1 :])
+        return dispatch.call(name, args[-1], args[:-1])
 
     return run
