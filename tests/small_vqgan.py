@@ -1,4 +1,4 @@
-"""A VQGAN so small that training it takes a second, and what its tests look at.
+"""A VQGAN so small that training it takes a second, its fixtures, and what its tests look at.
 
 Used by the tests of adversarial training.
 """
@@ -6,6 +6,7 @@ Used by the tests of adversarial training.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqkernels.training import TrainConfig, loop, train
+from vqkernels.training import TrainConfig, loop, plots, train
 from vqkernels.training.checkpoint import load_checkpoint
 
 MODEL = {"channels": 8, "multipliers": (1, 2), "z_channels": 8, "codes": 13, "dim": 6, "norm_groups": 4}
@@ -40,6 +41,28 @@ def small_config(photos: Path, output: Path) -> TrainConfig:
         loss={"discriminator_start": 2, "discriminator_ramp": 2}, data=str(photos), output=str(output), image_size=32,
         held_out=0.3, batch_size=4, steps=7, log_every=1, eval_every=5, checkpoint_every=4, device="cpu", threads=1,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures."""
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def config(photos: Path, tmp_path: Path) -> TrainConfig:
+    """A short run on them."""
+    return small_config(photos, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_no_plots(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For every test of a module that imports it."""
+    monkeypatch.setattr(plots, "curves", lambda path, *_: path.write_bytes(b""))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tensors(config: TrainConfig, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_vqgan
 import torch
-from small_vqgan import MODEL, quiet, same, small_config, started, tensors, without_timing, write_photos
+from small_vqgan import MODEL, quiet, same, started, tensors, without_timing
 
 from vqkernels.models import load_model
-from vqkernels.training import TrainConfig, TrainingError, loop, plots, steps, train
+from vqkernels.training import TrainConfig, TrainingError, loop, steps, train
 from vqkernels.training.checkpoint import load_checkpoint
 
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture
-def config(photos: Path, tmp_path: Path) -> TrainConfig:
-    return small_config(photos, tmp_path / "run")
-
-
-@pytest.fixture(autouse=True)
-def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plots, "curves", lambda path, *_: path.write_bytes(b""))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Fixtures, the last one for every test here.
+photos, config, quick = small_vqgan.photos, small_vqgan.config, small_vqgan.one_thread_no_plots
 
 
 # The two players

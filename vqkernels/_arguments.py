@@ -135,11 +135,12 @@ def to_rows(x: Tensor, heads: bool) -> Tensor:
     The first dim becomes B and the dims between are flattened: a view for contiguous tensors and for feature maps
     with the channel dim moved to the end, which then stay where they are in memory.
     """
-    if not heads:
-        x = x.unsqueeze(0)
-    while x.dim() < 4:
-        x = x.unsqueeze(1)
-    return x if x.dim() == 4 else x.flatten(2, -2)
+    lead = x.shape[:1] if heads else (1,)
+    if x.dim() == heads + 3:
+        return x if heads else x.unsqueeze(0)
+    if x.dim() < heads + 3:  # dims of size 1 are a view whatever the strides are
+        return x.view((*lead, *(1,) * (heads + 3 - x.dim()), *x.shape[heads:]))
+    return (x if heads else x.unsqueeze(0)).flatten(2, -2)
 
 
 def to_positions(x: Tensor, heads: bool) -> Tensor:

@@ -8,6 +8,7 @@ served again only if a 128-bit fingerprint of the *content*, read anew on every 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import threading
 from collections import OrderedDict
@@ -27,6 +28,11 @@ def isa(lib: ctypes.CDLL, num_codes: int, dim: int) -> int:
     """The instruction set that was asked for, else the fastest for these sizes."""
     if os.environ.get("VQKERNELS_ISA", "auto") not in ("", "auto"):
         return _native.isa()
+    return _fastest(lib, num_codes, dim)
+
+
+@functools.cache
+def _fastest(lib: ctypes.CDLL, num_codes: int, dim: int) -> int:
     return int(lib.vqk_cpu_nearest_isa(num_codes, dim))
 
 

@@ -115,7 +115,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             return None, f"{where.name} has ABI version {found}, this package needs {expected}: install it again"
         for name, (restype, argtypes) in SIGNATURES.items():
             function = getattr(library, name)
-            function.restype, function.argtypes = restype, argtypes
+            function.restype, function.argtypes = restype, _native.addresses(argtypes)
     except (OSError, AttributeError) as e:
         return None, str(e)
     return library, None

@@ -140,8 +140,8 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
                 _native.PRECISIONS[precision],
                 ctypes.byref(how),
                 space.data_ptr(),
-                _native.int64_pointer(indices),
-                _native.float_pointer(score),
+                indices.data_ptr(),
+                score.data_ptr(),
                 *_cuda.stream(x),
             )
         )

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vqkernels import tuned
+from vqkernels import _cuda, _native, _triton, tuned
 
 __all__ = ["BACKENDS", "OPS", "Backend", "Unsupported", "call", "explain", "missing", "requested", "use_backend"]
 
@@ -52,26 +52,18 @@ class Backend:
 
 
 def _probe_native(device: str) -> str | None:
-    from vqkernels import _cuda, _native
-
     return _cuda.unavailable() if device == "cuda" else _native.unavailable(device)
 
 
 def _native_held_back(device: torch.device) -> str | None:
-    from vqkernels import _cuda
-
     return _cuda.held_back(device)
 
 
 def _probe_triton(device: str) -> str | None:
-    from vqkernels import _triton
-
     return _triton.unavailable(device)
 
 
 def _triton_held_back(device: torch.device) -> str | None:
-    from vqkernels import _triton
-
     return _triton.held_back(device)
 
 
@@ -100,11 +92,12 @@ def _check_name(name: str, where: str) -> str:
 
 def requested(backend: str = "auto") -> str:
     """The backend asked for: argument, else :func:`use_backend`, else ``VQKERNELS_BACKEND``, else ``"auto"``."""
-    if _check_name(backend, "backend") != "auto":
-        return backend
+    if backend != "auto":
+        return _check_name(backend, "backend")
     if (name := _override.get()) is not None:
         return name
-    return _check_name(os.environ.get("VQKERNELS_BACKEND", "auto") or "auto", "VQKERNELS_BACKEND")
+    name = os.environ.get("VQKERNELS_BACKEND")
+    return _check_name(name, "VQKERNELS_BACKEND") if name else "auto"
 
 
 @contextlib.contextmanager
@@ -184,7 +177,7 @@ _SIZES: dict[str, Callable[..., tuple[int, int, int]]] = {
 
 def _measured(op: str, name: str, device: torch.device, args: tuple[Any, ...]) -> tuned.Choice | None:
     """What the measured table of this GPU says about a call of this size; only where the choice is free."""
-    if name != "auto" or op not in _SIZES or device.type != "cuda":
+    if device.type != "cuda" or name != "auto" or op not in _SIZES:
         return None
     return tuned.choice(tuned.device_name(device), op, *_SIZES[op](*args))
 

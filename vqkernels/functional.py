@@ -81,8 +81,8 @@ def nearest(
         dispatch.requested(backend)
     arguments.check_codebook(codebook)
     arguments.check_rows("x", x, codebook)
-    rows = arguments.to_rows(x.detach(), codebook.dim() == 3)
-    indices, score = ops.nearest(rows, arguments.to_codes(codebook.detach()), metric, precision, backend)
+    rows = arguments.to_rows(_detached(x), codebook.dim() == 3)
+    indices, score = ops.nearest(rows, arguments.to_codes(_detached(codebook)), metric, precision, backend)
     return indices.reshape(x.shape[:-1]), score.reshape(x.shape[:-1])
 
 
@@ -110,7 +110,7 @@ def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     arguments.check_codebook(codebook)
     heads = codebook.dim() == 3
     positions = _positions(indices, codebook, heads, codebook.shape[0])
-    values: Tensor = _apply(_Lookup, arguments.to_codes(codebook), positions, False)
+    values = lookup_rows(arguments.to_codes(codebook), positions, False)
     return values.reshape((*indices.shape, codebook.shape[-1]))
 
 
@@ -246,7 +246,7 @@ def quantize_rows(
     """
     rows, codes = search or (z, codebook)
     if chosen is None:
-        indices, score = ops.nearest(rows.detach(), codes.detach(), metric)
+        indices, score = ops.nearest(_detached(rows), _detached(codes), metric)
     else:
         indices, score = chosen, torch.zeros_like(chosen, dtype=torch.float32)
     if mask is not None:
@@ -255,15 +255,37 @@ def quantize_rows(
     # The search already measured |z - e|^2, rounded once from float64; only float64 callers want more digits.
     measured = metric == "l2" and search is None and chosen is None
     distance = score if measured and z.dtype != torch.float64 else None
-    quantized, codebook_loss, commitment_loss = _apply(
-        _Quantize, z, codebook, indices, distance, mask is not None, gradient
-    )
+    given = (z, codebook, indices, distance, mask is not None)
+    if _wanted(z, codebook):
+        quantized, codebook_loss, commitment_loss = _apply(_Quantize, *given, gradient)
+    else:
+        quantized, codebook_loss, commitment_loss, _ = _output(*given)
     return Quantized(quantized, indices, score, codebook_loss, commitment_loss)
+
+
+def _detached(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
+def _wanted(*tensors: Tensor) -> bool:
+    """Whether a gradient is asked for; a call of an ``autograd.Function`` is not free where it is not."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply``, which torch leaves untyped."""
     return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def _output(
+    z: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor | None, masked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``quantize_output`` with the values laid out in memory like ``z``."""
+    channel_first = arguments.is_channel_first(z)
+    quantized, codebook_loss, commitment_loss, weight = ops.quantize_output(
+        z, codebook, indices, distance, masked, channel_first
+    )
+    return quantized.transpose(-1, -2) if channel_first else quantized, codebook_loss, commitment_loss, weight
 
 
 class _Quantize(torch.autograd.Function):
@@ -279,35 +301,40 @@ class _Quantize(torch.autograd.Function):
         masked: bool,
         gradient: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        channel_first = arguments.is_channel_first(z)
-        quantized, codebook_loss, commitment_loss, weight = ops.quantize_output(
-            z, codebook, indices, distance, masked, channel_first
-        )
-        quantized = quantized.transpose(-1, -2) if channel_first else quantized
+        quantized, codebook_loss, commitment_loss, weight = _output(z, codebook, indices, distance, masked)
         # Five dims where Inductor sees it: ops/_register.py says why.
         ctx.save_for_backward(z.unsqueeze(0) if torch.compiler.is_compiling() else z, codebook, indices, weight)
-        ctx.gradient, ctx.channel_first = gradient, channel_first
+        ctx.gradient, ctx.channel_first = gradient, arguments.is_channel_first(z)
+        if not torch.compiler.is_compiling():  # Dynamo (torch 2.13) does not know it
+            ctx.set_materialize_grads(False)
         if gradient == "none":
             ctx.mark_non_differentiable(quantized)
         return quantized, codebook_loss, commitment_loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_codebook: Tensor, grad_commitment: Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_codebook: Tensor | None, grad_commitment: Tensor | None
+    ) -> tuple[Any, ...]:
         z, codebook, indices, weight = ctx.saved_tensors
         dz = de = None
         with torch.no_grad():
             if ctx.needs_input_grad[0]:
-                scale = 2.0 * weight * grad_commitment
-                dz = ops.quantize_grad(grad, z, codebook, indices, scale, ctx.gradient, ctx.channel_first)
+                # No gradient from the output is one that does not reach z; any tensor stands in for what is not read.
+                way = "none" if grad is None else ctx.gradient
+                scale = 2.0 * weight * (0.0 if grad_commitment is None else grad_commitment)
+                dz = ops.quantize_grad(z if grad is None else grad, z, codebook, indices, scale, way, ctx.channel_first)
                 dz = dz.transpose(-1, -2) if ctx.channel_first else dz
-            if ctx.needs_input_grad[1]:
-                sums, counts = ops.codebook_sum(z, indices, codebook.shape[1])
+            if ctx.needs_input_grad[1] and grad_codebook is None:
+                de = torch.zeros_like(codebook)
+            elif ctx.needs_input_grad[1]:
                 # dE = scale * (count e - sum), in the buffer of the sums: fresh memory of K x D is what costs here.
-                scale = (2.0 * weight * grad_codebook).to(sums.dtype)
-                counts = counts.unsqueeze(-1).to(sums.dtype) * scale
-                de = sums.mul_(-scale).addcmul_(counts, codebook.to(sums.dtype)).to(codebook.dtype)
+                sums, counts = ops.codebook_sum(z, indices, codebook.shape[1])
+                scale = -2.0 * weight * grad_codebook
+                sums.addcmul_(counts.unsqueeze(-1).to(sums.dtype), codebook.to(sums.dtype), value=-1.0)
+                de = sums.mul_(scale).to(codebook.dtype)
         if torch.is_grad_enabled():  # create_graph=True
-            sources = (z, codebook, grad, grad_codebook, grad_commitment)
+            given = (grad, grad_codebook, grad_commitment)
+            sources = (z, codebook, *(g for g in given if g is not None))
             dz = None if dz is None else _apply(_Once, dz, *sources)
             de = None if de is None else _apply(_Once, de, *sources)
         return dz, de, None, None, None, None
@@ -344,6 +371,8 @@ class _Once(torch.autograd.Function):
 
 def lookup_rows(codebook: Tensor, indices: Tensor, channel_first: bool) -> Tensor:
     """:func:`lookup` on the canonical shapes: (H, K, D) and (H, B, S) to (H, B, S, D), laid out as asked."""
+    if not _wanted(codebook):
+        return _gather(codebook, indices, channel_first, codebook.dtype)
     values: Tensor = _apply(_Lookup, codebook, indices, channel_first)
     return values
 

@@ -50,7 +50,7 @@ def unavailable(device: str) -> str | None:
         return f"no Triton kernels for {device} devices"
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed (pip install 'vqkernels[triton]')"
     return None
 
@@ -62,6 +62,12 @@ def version() -> tuple[int, int]:
 
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+@functools.cache
+def _installed() -> bool:
+    """Looked up once: on a GPU every call asks, and the search walks the folders of ``sys.path``."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def held_back(device: torch.device) -> str | None:

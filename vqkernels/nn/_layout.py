@@ -64,6 +64,8 @@ class Layout:
         """The input as (H, B, S, D): a view wherever its spatial dims can be flattened in place."""
         if self._first(z.dim()):
             return torch.unflatten(z.flatten(2), 1, (self.heads, self.dim)).permute(1, 0, 3, 2)
+        if self.heads == 1:
+            return arguments.to_rows(z, False)
         return arguments.to_rows(torch.unflatten(z, -1, (self.heads, self.dim)).movedim(-2, 0), True)
 
     def mask(self, mask: Tensor, z: Tensor, rows: Tensor) -> Tensor:
@@ -93,8 +95,11 @@ class Layout:
 
     def output(self, values: Tensor, shape: Sequence[int]) -> Tensor:
         """(H, B, S, D) in the shape of the input: a view for one head."""
-        moved = values.permute(1, 0, 3, 2) if self._first(len(shape)) else values.movedim(0, 2)
-        return moved.reshape(tuple(shape))
+        if self._first(len(shape)):
+            values = values.permute(1, 0, 3, 2)
+        elif self.heads > 1:
+            values = values.movedim(0, 2)
+        return values.reshape(tuple(shape))
 
     def indices(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
         """(H, B, S) as (B, ...), or (B, ..., H) with several heads."""

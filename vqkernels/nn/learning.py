@@ -133,7 +133,9 @@ class LearnedCodebook(nn.Module):
         and what a code contribute; ``masked``: perhaps no process has a row, and then nothing must change.
         """
         if self.decay is None:
-            found = [statistics.count_codes(indices, self.num_embeddings).float()]
+            counts = statistics.count_codes(indices, self.num_embeddings)
+            # One dtype for one collective; alone, the counts stay what `code_counts` is.
+            found = [counts if self.cluster_size is None else counts.float()]
         else:
             sums, counts = ops.codebook_sum(rows, indices, self.num_embeddings)
             found = [counts, sums.float()]
@@ -161,24 +163,24 @@ class LearnedCodebook(nn.Module):
         self.code_counts.add_(counts.view_as(self.code_counts).long())
         if self.cluster_size is not None:
             size, codes = self._as_codes(self.cluster_size), self._as_codes(self.codebook)
-            state = [size] if self.embed_avg is None else [size, codes, self._as_codes(self.embed_avg)]
+            average = None if self.embed_avg is None else self._as_codes(self.embed_avg)
+            state = [size] if average is None else [size, codes, average]
             old = None if seen is None else [t.clone() for t in state]
-            self._average(found, code_weights)
+            self._average(size, codes, average, found, code_weights)
             if old is not None and seen is not None:
                 for now, before in zip(state, old, strict=True):
                     now.copy_(torch.where(seen, now, before))
             if self.dead_code_ratio > 0:
-                self._replace_dead_codes(*found[-2:])
+                self._replace_dead_codes(size, codes, average, *found[-2:])
         self.steps.add_(1 if seen is None else seen)
 
-    def _average(self, found: list[Tensor], code_weights: Tensor | None) -> None:
+    def _average(
+        self, size: Tensor, codes: Tensor, average: Tensor | None, found: list[Tensor], code_weights: Tensor | None
+    ) -> None:
         """One step of the moving averages."""
-        assert self.cluster_size is not None
-        size, codes = self._as_codes(self.cluster_size), self._as_codes(self.codebook)
-        if self.decay is None or self.embed_avg is None:
+        if self.decay is None or average is None:
             size.lerp_(found[0], 1 - self.usage_decay)
             return
-        average = self._as_codes(self.embed_avg)
         counts, sums = found[2 if self._additive == 3 else 0], found[1]
         if code_weights is not None:
             # A step of w (1 - decay) towards the new value is a whole step towards w new + (1 - w) old.
@@ -186,17 +188,17 @@ class LearnedCodebook(nn.Module):
             sums = average.lerp(sums, code_weights.unsqueeze(-1))
         ops.ema_update(size, average, codes, counts, sums.contiguous(), self.decay, self.eps, self.normalize)
 
-    def _replace_dead_codes(self, rows: Tensor, found: Tensor) -> None:
+    def _replace_dead_codes(
+        self, size: Tensor, codes: Tensor, average: Tensor | None, rows: Tensor, found: Tensor
+    ) -> None:
         """Move rarely used codes onto rows of the batch and let them start with the mean usage."""
-        assert self.cluster_size is not None
-        size, codes = self._as_codes(self.cluster_size), self._as_codes(self.codebook)
         mean = size.mean(-1, keepdim=True)
         dead = (size < self.dead_code_ratio * mean) & (found > 0)
-        codes.copy_(torch.where(dead[..., None], rows, codes))
-        if self.embed_avg is not None:
-            average = self._as_codes(self.embed_avg)
-            average.copy_(torch.where(dead[..., None], rows * mean[..., None], average))
-        size.copy_(torch.where(dead, mean, size))
+        moved = dead.unsqueeze(-1)
+        torch.where(moved, rows, codes, out=codes)
+        if average is not None:
+            torch.where(moved, rows * mean.unsqueeze(-1), average, out=average)
+        torch.where(dead, mean, size, out=size)
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ def count_codes(indices: Tensor, num_codes: int) -> Tensor:
     flat = indices.flatten(1) + 1
     counts = torch.zeros((flat.shape[0], num_codes + 1), dtype=torch.int64, device=flat.device)
     # Integer sums: exact, hence the same in any order.
-    return counts.scatter_add(1, flat, torch.ones_like(flat))[:, 1:]
+    return counts.scatter_add_(1, flat, torch.ones_like(flat))[:, 1:]
 
 
 def usage(counts: Tensor) -> Tensor:
@@ -74,9 +74,13 @@ def candidate_rows(
     total = order[:, -1:]
     code = torch.arange(num_codes, device=device)
     head = torch.arange(h, device=device)[:, None]
-    position = (scramble(step + 7919 * head) + code * total // num_codes) % total.clamp(min=1)
-    row = torch.searchsorted(order, position + 1).clamp(max=order.shape[1] - 1)
-    found = (total > 0) & ((code + step) % size == rank)
+    # Any whole number would do; multiples of a large odd one spread over the rows as steps go by.
+    first = (step + 7919 * head) * 0x1E3779B1
+    position = (first + code * total // num_codes) % total.clamp(min=1)
+    row = torch.searchsorted(order, position, right=True).clamp(max=order.shape[1] - 1)
+    found = (total > 0).expand(h, num_codes)
+    if size > 1:
+        found = found & ((code + step) % size == rank)
     values = torch.where(found[..., None], rows[head, row // s, row % s].float(), 0.0)
     return values, found.float()
 

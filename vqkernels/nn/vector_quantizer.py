@@ -258,7 +258,7 @@ class VectorQuantizer(LearnedCodebook):
         if learning:
             with torch.no_grad():
                 found = rows.detach() if self.affine is None else self.affine.inverse(rows.detach())
-                counted = torch.where(out.score.isfinite() & _finite(rows, chosen), out.indices, -1)
+                counted = torch.where(self._finite(rows, out.score, chosen), out.indices, -1)
                 self._learn(
                     found,
                     counted,
@@ -281,7 +281,7 @@ class VectorQuantizer(LearnedCodebook):
         if self.legacy:
             loss = torch.add(commitment_loss, codebook_loss, alpha=self.commitment_cost)
         else:
-            loss = self.commitment_cost * commitment_loss + codebook_loss
+            loss = torch.add(codebook_loss, commitment_loss, alpha=self.commitment_cost)
         if self.orthogonal_weight > 0:
             loss = loss + self.orthogonal_weight * orthogonality(self.codebook)
         return loss
@@ -330,6 +330,13 @@ class VectorQuantizer(LearnedCodebook):
         """The codes that are output; an EMA codebook holds unit vectors already."""
         return F.normalize(codes, dim=-1) if self.normalize and self.decay is None else codes
 
+    def _finite(self, rows: Tensor, score: Tensor, chosen: Tensor | None) -> Tensor:
+        """Rows that may enter a statistic; the search's score tells already, a drawn code does not."""
+        if chosen is not None:
+            return rows.isfinite().all(-1)
+        # Not isfinite(), which is several kernels on a GPU; a distance has no sign.
+        return (score if self.metric == "l2" else score.abs()) < torch.inf
+
     def initialize(self, z: Tensor, mask: Tensor | None = None) -> None:
         """k-means on ``z`` (as in :meth:`forward`), whatever ``init`` is; all processes must call.
 
@@ -339,8 +346,3 @@ class VectorQuantizer(LearnedCodebook):
         rows, valid = self._rows(self._inside(z), mask)
         if not self._start(rows, valid):
             raise ValueError(f"z has shape {arguments.shape_of(z)} and no finite, valid vector; expected at least one")
-
-
-def _finite(rows: Tensor, chosen: Tensor | None) -> Tensor | bool:
-    """Rows that may enter a statistic; the search's score tells already, a drawn code does not."""
-    return True if chosen is None else rows.isfinite().all(-1)

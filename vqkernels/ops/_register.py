@@ -25,35 +25,26 @@ def register(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., 
         fake: shapes and dtypes of the results, for ``torch.compile`` and ``torch.export``.
     """
 
-    def run(*args: Any) -> Any:
-        return dispatch.call(name, args[-1], args[:-1])
-
     # needs_exact_strides: kernels read the strides they are given; Inductor must not lay inputs out anew.
     _library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))  # type: ignore[no-untyped-call]
-    _library.impl(name, _fill_defaults(name, run), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"vqkernels::{name}", fake, lib=_library)
     op: Callable[..., Any] = getattr(torch.ops.vqkernels, name).default
+    _library.impl(name, _implementation(name, op), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"vqkernels::{name}", fake, lib=_library)
     return op
 
 
-def _fill_defaults(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The dispatcher drops trailing arguments that equal their default: put them back, so that ``run`` sees all."""
-    defaults: list[Any] = []
+def _implementation(name: str, op: Any) -> Callable[..., Any]:
+    """What torch calls. It drops trailing arguments that equal their default: put them back, for backends take all."""
+    defaults = tuple(a.default_value for a in op._schema.arguments)
+    tensors = [i for i, a in enumerate(op._schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
 
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not defaults:
-            schema = getattr(torch.ops.vqkernels, name).default._schema
-            defaults.extend(a.default_value for a in schema.arguments)
-            names.extend(a.name for a in schema.arguments)
-        full = [*args, *defaults[len(args) :]]
-        for key, value in kwargs.items():
-            full[names.index(key)] = value
-        # (1, H, B, S, D) is (H, B, S, D): what autograd saves for a compiled backward pass must not be a 4-d view, or
-        # Inductor for CPU (torch 2.13) asks for channels-last strides and cannot order them when they are symbolic.
-        for i, value in enumerate(full):
-            if isinstance(value, torch.Tensor) and value.dim() == 5:
-                full[i] = value.squeeze(0)
-        return run(*full)
+    def run(*args: Any) -> Any:
+        args += defaults[len(args) :]
+        for i in tensors:
+            # (1, H, B, S, D) is (H, B, S, D): what autograd saves for a compiled backward pass must not be a 4-d view,
+            # or Inductor for CPU (torch 2.13) asks for channels-last strides and cannot order them when symbolic.
+            if args[i] is not None and args[i].dim() == 5:
+                args = (*args[:i], args[i].squeeze(0), *args[i + 1 :])
+        return dispatch.call(name, args[-1], args[:-1])
 
-    names: list[str] = []
-    return wrapper
+    return run

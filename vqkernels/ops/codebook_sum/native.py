@@ -39,10 +39,10 @@ def run(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
             _cuda.check(
                 lib.vqk_cuda_codebook_sum(
                     ctypes.byref(rows),
-                    _native.int64_pointer(indices),
+                    indices.data_ptr(),
                     num_codes,
                     sums.data_ptr(),
-                    _native.float_pointer(counts),
+                    counts.data_ptr(),
                     workspace.data_ptr(),
                     *_cuda.stream(x),
                 )
@@ -51,10 +51,10 @@ def run(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     _native.check(
         _native.lib().vqk_cpu_codebook_sum(
             ctypes.byref(rows),
-            _native.int64_pointer(indices),
+            indices.data_ptr(),
             num_codes,
             sums.data_ptr(),
-            _native.float_pointer(counts),
+            counts.data_ptr(),
         )
     )
     return sums, counts

@@ -48,7 +48,7 @@ def run(
         with _cuda.on_device(codebook):
             _cuda.check(
                 lib.vqk_cuda_ema_update(
-                    *map(_native.float_pointer, (cluster_size, embed_avg, codebook, counts, sums)),
+                    *(t.data_ptr() for t in (cluster_size, embed_avg, codebook, counts, sums)),
                     *codebook.shape,
                     decay,
                     eps,
@@ -60,7 +60,7 @@ def run(
         return
     _native.check(
         _native.lib().vqk_cpu_ema_update(
-            *map(_native.float_pointer, (cluster_size, embed_avg, codebook, counts, sums)),
+            *(t.data_ptr() for t in (cluster_size, embed_avg, codebook, counts, sums)),
             *codebook.shape,
             decay,
             eps,

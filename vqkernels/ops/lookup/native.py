@@ -31,9 +31,9 @@ def run(codebook: Tensor, indices: Tensor, channel_first: bool, dtype: torch.dty
     indices = indices.contiguous()
     codes, rows = _native.codes(codebook), _native.rows(out.transpose(2, 3) if channel_first else out)
     if _cuda.serves(codebook):
-        arguments = (ctypes.byref(codes), _native.int64_pointer(indices), ctypes.byref(rows), *_cuda.stream(codebook))
+        arguments = (ctypes.byref(codes), indices.data_ptr(), ctypes.byref(rows), *_cuda.stream(codebook))
         with _cuda.on_device(codebook):
             _cuda.check(_cuda.lib().vqk_cuda_lookup(*arguments))
         return out
-    _native.check(_native.lib().vqk_cpu_lookup(ctypes.byref(codes), _native.int64_pointer(indices), ctypes.byref(rows)))
+    _native.check(_native.lib().vqk_cpu_lookup(ctypes.byref(codes), indices.data_ptr(), ctypes.byref(rows)))
     return out

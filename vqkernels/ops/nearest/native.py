@@ -55,8 +55,8 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
             _native.PRECISIONS[precision],
             isa,
             None if packed is None else packed.data_ptr(),
-            _native.int64_pointer(indices),
-            _native.float_pointer(score),
+            indices.data_ptr(),
+            score.data_ptr(),
         )
     )
     return indices, score

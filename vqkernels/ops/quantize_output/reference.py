@@ -43,9 +43,9 @@ def _with(
     quantized = gather(codebook, indices, channel_first, z.dtype)
     if masked:
         elements = (indices >= 0).sum(dtype=torch.float64) * z.shape[-1]
+        weight = elements.clamp(min=1.0).reciprocal()
     else:
-        elements = torch.full((), z.numel(), dtype=torch.float64, device=z.device)
-    weight = elements.clamp(min=1.0).reciprocal()
+        weight = torch.full((), 1.0 / max(z.numel(), 1), dtype=torch.float64, device=z.device)
     if distance is None:
         # A half-precision output has lost digits of the codes: compare with the codes themselves.
         wide = quantized.dtype == codebook.dtype or quantized.dtype == torch.float64
@@ -53,7 +53,8 @@ def _with(
         total = _squared_error(z, values.transpose(-1, -2) if channel_first else values, indices)
     else:
         total = (torch.where(indices >= 0, distance, 0.0) if masked else distance).sum(dtype=torch.float64)
-    loss = (total * weight).to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    loss = torch.empty((), dtype=torch.float64 if z.dtype == torch.float64 else torch.float32, device=z.device)
+    torch.mul(total, weight, out=loss)  # rounds in the same kernel
     return quantized, loss, loss.clone(), weight
 
 
