@@ -87,9 +87,9 @@ def run(x: Tensor, codebooks: Sequence[Tensor], channel_first: bool) -> tuple[Te
             library.vqk_cuda_residual_nearest(
                 *what,
                 space.data_ptr(),
-                _native.int64_pointer(indices),
+                indices.data_ptr(),
                 ctypes.byref(out),
-                _native.float_pointer(score),
+                score.data_ptr(),
                 *_cuda.stream(x),
             )
         )

@@ -65,8 +65,8 @@ def run(x: Tensor, codebooks: Sequence[Tensor], channel_first: bool) -> tuple[Te
             levels,
             isa,
             packed,
-            _native.int64_pointer(indices),
-            _native.float_pointer(score),
+            indices.data_ptr(),
+            score.data_ptr(),
             ctypes.byref(out),
         )
     )
