@@ -48,8 +48,8 @@ typedef struct vqk_cuda_search_plan {
   int32_t screen;           // vqk_screen
   int32_t splits;           // of the codes, over blocks
   int32_t multiprocessors;  // of the device
-  int32_t reserved;
-  int64_t chunk_rows;  // rows per head that are alive at a time
+  int32_t shared;           // bytes of shared memory that a block may have there, at least 99 KB
+  int64_t chunk_rows;       // rows per head that are alive at a time
 } vqk_cuda_search_plan;
 
 // at::parallel_for's exported C form (torch_parallel_for): int32 (begin, end, grain, body, context), 0 on success.

@@ -43,7 +43,7 @@ class SearchPlan(Structure):
         ("screen", c_int32),
         ("splits", c_int32),
         ("multiprocessors", c_int32),
-        ("reserved", c_int32),
+        ("shared", c_int32),
         ("chunk_rows", c_int64),
     ]
 

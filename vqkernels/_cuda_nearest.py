@@ -37,10 +37,11 @@ class Device(NamedTuple):
 
     capability: tuple[int, int]
     multiprocessors: int
+    shared: int = 163 * 1024  # bytes that a block may have: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120
 
 
 # What the tests' build, which runs the kernels on the host, pretends to be.
-HOSTED = Device((9, 0), 4)
+HOSTED = Device((9, 0), 4, 227 * 1024)
 
 
 class Plan(NamedTuple):
@@ -82,7 +83,8 @@ def plan(heads: int, rows: int, codes: int, dim: int, device: Device) -> Plan:
 @functools.cache
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device((properties.major, properties.minor), properties.multi_processor_count)
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return Device((properties.major, properties.minor), properties.multi_processor_count, shared)
 
 
 def _plan(x: Tensor, codebook: Tensor) -> tuple[Plan, Device]:
@@ -116,7 +118,7 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     if indices.numel() == 0:
         return indices, score
     chosen, device = _plan(x, codebook)
-    how = _cuda.SearchPlan(chosen.screen, chosen.splits, device.multiprocessors, 0, chosen.chunk_rows)
+    how = _cuda.SearchPlan(chosen.screen, chosen.splits, device.multiprocessors, device.shared, chosen.chunk_rows)
     rows, codes, library = _native.rows(x), _native.codes(codebook), _cuda.lib()
     what = (ctypes.byref(rows), ctypes.byref(codes), _native.METRICS[metric])
     size = library.vqk_cuda_nearest_workspace(*what, ctypes.byref(how))

@@ -56,6 +56,7 @@ constexpr size_t stack_bytes = 256 * 1024;  // sanitizers make frames large
 constexpr int queues = 2;
 
 uint64_t seed = 0;
+size_t shared_limit = 227 * 1024;
 
 struct Fibre {
 #if defined(VQK_SWITCH_BY_HAND)
@@ -371,6 +372,7 @@ class Block {
 }  // namespace
 
 void set_seed(uint64_t value) { seed = value; }
+void set_shared_limit(size_t bytes) { shared_limit = bytes; }
 
 void error(const char *format, ...) {
   va_list arguments;
@@ -418,7 +420,7 @@ int32_t run(const char *what, dim3 grid, dim3 threads, size_t shared, const std:
   if (blocks == 0) return VQK_OK;
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     return fail(VQK_INTERNAL, "%s: a grid of %u x %u x %u blocks", what, grid.x, grid.y, grid.z);
-  if (size == 0 || size > 1024 || threads.z > 64 || shared > 227 * 1024)
+  if (size == 0 || size > 1024 || threads.z > 64 || shared > shared_limit)
     return fail(VQK_INTERNAL, "%s: blocks of %u x %u x %u threads with %zu bytes", what, threads.x, threads.y, threads.z, shared);
   std::mt19937_64 random(seed);
   std::vector<uint64_t> order(blocks);

@@ -50,6 +50,8 @@ inline thread_local Ids ids;  // of the fibre that runs
 
 // Orders of execution: 0 is ascending, every other seed another mixture of random, eager and starving ones.
 void set_seed(uint64_t seed);
+// Bytes of shared memory that a block may have, 227 KB at first; launches that want more fail.
+void set_shared_limit(size_t bytes);
 
 // Stops this fibre and the launch, which returns VQK_INTERNAL with the message. Does not return.
 [[noreturn]] void error(const char *format, ...) __attribute__((format(printf, 1, 2)));
