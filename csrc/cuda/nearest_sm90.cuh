@@ -152,6 +152,7 @@ struct Consumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) pin(best[half][h]);
     if (half == 0) {
+      fence_async_proxy();  // these were ordinary loads; what comes next is a copy by the async proxy
       __syncwarp();
       release(shared.trailer_empty[slot]);
     }

@@ -171,7 +171,7 @@ VQK_DEVICE void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-// Between ordinary writes of shared memory and a copy or matrix product that reads them by the async proxy.
+// Between ordinary accesses of shared memory and a bulk copy or matrix product of the same bytes: those go by the async proxy.
 VQK_DEVICE void fence_async_proxy() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
