@@ -13,7 +13,7 @@
 #endif
 
 // Raise on every change of a struct or a signature; the loader refuses a library of another number.
-#define VQK_ABI_VERSION 2
+#define VQK_ABI_VERSION 3
 
 enum vqk_status { VQK_OK = 0, VQK_INVALID = 1, VQK_NO_MEMORY = 2, VQK_UNSUPPORTED = 3, VQK_INTERNAL = 4 };
 enum vqk_dtype { VQK_F32 = 0, VQK_F64 = 1, VQK_F16 = 2, VQK_BF16 = 3 };
@@ -116,5 +116,10 @@ VQK_API int64_t vqk_cuda_nearest_workspace(const vqk_rows *x, const vqk_codes *c
 VQK_API int32_t vqk_cuda_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision,
                                  const vqk_cuda_search_plan *plan, void *workspace, int64_t *indices, float *score,
                                  int32_t device, void *stream);
+// Sums of 128 packed rows and one packed tile of codes, (128, 128), for the self-test. copied: what arrived in shared memory, or
+// null; late: 1 if it did not (both VQK_SCREEN_SM90 only). bits, advance: other descriptors than the screen's; 0: its own.
+VQK_API int32_t vqk_cuda_nearest_products(int32_t screen, int32_t width, int32_t panels, const void *rows, const void *codes,
+                                          float *sums, void *copied, int32_t *late, uint64_t bits, int32_t advance,
+                                          int32_t device, void *stream);
 
 #endif

@@ -36,6 +36,7 @@ LAYERS = (
     ("vqkernels.dispatch",),
     ("backend",),
     ("vqkernels._cuda_nearest",),
+    ("vqkernels._cuda_selftest",),
     ("vqkernels._cuda", "vqkernels._triton"),
     ("vqkernels._native", "vqkernels.tuned"),
 )

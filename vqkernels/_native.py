@@ -19,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["ABI_VERSION", "ISAS", "Codes", "Rows", "codes", "isa", "lib", "rows", "unavailable"]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}

@@ -154,6 +154,10 @@ struct Mbarrier {
   void wait(uint32_t parity) {
     while ((word & 1) == (parity & 1)) host::sleep(this, "Mbarrier::wait");
   }
+  bool wait_briefly(uint32_t parity) {
+    wait(parity);
+    return true;
+  }
 
  private:
   void set(uint64_t phase, uint64_t count, uint64_t missing, int32_t bytes) {

@@ -34,12 +34,10 @@ int32_t check(const vqk_rows *x, const vqk_codes *e, int32_t metric, const vqk_c
   if (e->size[1] >= most_rows || x->size[0] > 65535 || e->size[2] > (1 << 20) ||
       x->size[1] * x->size[2] * x->size[0] > INT64_MAX / 64)
     return fail(VQK_UNSUPPORTED, "nearest: sizes beyond 32-bit ids");
-  const int64_t heads = x->size[0], rows = x->size[1] * x->size[2];
+  const int64_t heads = x->size[0];
   if (plan->screen < VQK_SCREEN_NONE || plan->screen > VQK_SCREEN_SM90 || plan->multiprocessors < 1 || plan->splits < 1 ||
       plan->shared < 99 * 1024)
     return fail(VQK_INVALID, "nearest: no such plan");
-  if (plan->screen == VQK_SCREEN_NONE && heads * rows > most_sliced)
-    return fail(VQK_INVALID, "nearest: %d rows at most without a screen", most_sliced);
   if (plan->screen != VQK_SCREEN_NONE && (plan->chunk_rows < 1 || plan->chunk_rows * heads >= most_rows))
     return fail(VQK_INVALID, "nearest: chunks of %lld rows", static_cast<long long>(plan->chunk_rows));
   if (plan->screen == VQK_SCREEN_SM90 && e->size[2] > 512)
@@ -68,6 +66,7 @@ int64_t describe(const vqk_rows *x, const vqk_codes *e, int32_t metric, int32_t 
     s->direct = 1;
     const int64_t rows = heads * s->num_rows;
     s->slices = std::max<int>(1, std::min<int>(blocks_of(s->num_codes, 32), blocks_of(4 * plan->multiprocessors, rows)));
+    if (rows > most_sliced) s->slices = 1;
     take(s->ticket, rows);
     take(s->slice_value, rows * s->slices);
     take(s->slice_code, rows * s->slices);

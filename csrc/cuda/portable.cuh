@@ -163,6 +163,18 @@ struct Mbarrier {
     __trap();
 #endif
   }
+  // The same, but false after some tenths of a second in vain: for tests.
+  __device__ __forceinline__ bool wait_briefly(uint32_t parity) {
+    uint32_t done = 0;
+#if __CUDA_ARCH__ >= 900
+    for (int i = 0; i < 1 << 20 && done == 0; ++i)
+      asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, 100;\n selp.u32 %0, 1, 0, p;\n}"
+                   : "=r"(done)
+                   : "r"(shared_address(&word)), "r"(parity)
+                   : "memory");
+#endif
+    return done != 0;
+  }
 };
 
 // After Mbarrier::init, before the barrier that lets other threads and copies use it.
