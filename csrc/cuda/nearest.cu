@@ -37,11 +37,10 @@ int32_t check(const vqk_rows *x, const vqk_codes *e, int32_t metric, const vqk_c
   if (e->size[1] >= most_rows || x->size[0] > 65535 || e->size[2] > (1 << 20) ||
       x->size[1] * x->size[2] * x->size[0] > INT64_MAX / 64)
     return fail(VQK_UNSUPPORTED, "nearest: sizes beyond 32-bit ids");
-  const int64_t heads = x->size[0], rows = x->size[1] * x->size[2];
-  if (plan->screen < VQK_SCREEN_NONE || plan->screen > VQK_SCREEN_SM90 || plan->multiprocessors < 1 || plan->splits < 1)
+  const int64_t heads = x->size[0];
+  if (plan->screen < VQK_SCREEN_NONE || plan->screen > VQK_SCREEN_SM90 || plan->multiprocessors < 1 || plan->splits < 1 ||
+      plan->shared < 99 * 1024)
     return fail(VQK_INVALID, "nearest: no such plan");
-  if (plan->screen == VQK_SCREEN_NONE && heads * rows > most_sliced)
-    return fail(VQK_INVALID, "nearest: %d rows at most without a screen", most_sliced);
   if (plan->screen != VQK_SCREEN_NONE && (plan->chunk_rows < 1 || plan->chunk_rows * heads >= most_rows))
     return fail(VQK_INVALID, "nearest: chunks of %lld rows", static_cast<long long>(plan->chunk_rows));
   if (plan->screen == VQK_SCREEN_SM90 && e->size[2] > 512)
@@ -66,6 +65,7 @@ void prepare(const vqk_rows *x, const vqk_codes *e, int32_t metric, int32_t prec
     s->direct = 1;
     const int64_t rows = std::max<int64_t>(1, s->heads * s->num_rows);
     s->slices = std::max<int>(1, std::min<int>(blocks_of(s->num_codes, 32), blocks_of(4 * plan->multiprocessors, rows)));
+    if (rows > most_sliced) s->slices = 1;
     return;
   }
   const bool hopper = plan->screen == VQK_SCREEN_SM90;
@@ -150,21 +150,23 @@ struct Run {
 };
 
 template <int width, int resident, int span>
-void run_screen80(Run &run, const Search &s) {
+void run_screen80(Run &run, const Search &s, size_t limit) {
+  if constexpr (resident > 1 && width == 64)
+    if (sizeof(Shared80<width, resident>) > limit) return run_screen80<width, 0, span>(run, s, limit);
   run("nearest: screen (sm_80)", screen80<width, resident, span>,
       static_cast<int64_t>(blocks_of(s.rows, block_rows80)) * s.splits, s.heads, threads80, sizeof(Shared80<width, resident>), s);
 }
 
-void screen_by_warps(Run &run, const Search &s) {
+void screen_by_warps(Run &run, const Search &s, size_t limit) {
   switch (s.layout.width * s.layout.panels) {
-    case 16: return run_screen80<16, 1, 16>(run, s);
-    case 32: return run_screen80<32, 1, 16>(run, s);
-    case 64: return run_screen80<64, 1, 8>(run, s);
-    case 96: return run_screen80<32, 3, 8>(run, s);
-    case 128: return run_screen80<64, 2, 8>(run, s);
-    case 192: return run_screen80<64, 3, 8>(run, s);
-    case 256: return run_screen80<64, 4, 8>(run, s);
-    default: return run_screen80<64, 0, 8>(run, s);
+    case 16: return run_screen80<16, 1, 16>(run, s, limit);
+    case 32: return run_screen80<32, 1, 16>(run, s, limit);
+    case 64: return run_screen80<64, 1, 8>(run, s, limit);
+    case 96: return run_screen80<32, 3, 8>(run, s, limit);
+    case 128: return run_screen80<64, 2, 8>(run, s, limit);
+    case 192: return run_screen80<64, 3, 8>(run, s, limit);
+    case 256: return run_screen80<64, 4, 8>(run, s, limit);
+    default: return run_screen80<64, 0, 8>(run, s, limit);
   }
 }
 
@@ -205,7 +207,7 @@ void search_chunk(Run &run, Search s, const vqk_cuda_search_plan *plan) {
   if (plan->screen == VQK_SCREEN_SM90)
     screen_by_groups(run, s, plan->multiprocessors);
   else
-    screen_by_warps(run, s);
+    screen_by_warps(run, s, static_cast<size_t>(plan->shared));
   run("nearest: collect", collect, blocks_of(s.rows, merge_rows), s.heads, merge_rows * 32, 0, s);
   if (s.layout.width == 16)
     run_collect_wide<16>(run, s, plan->multiprocessors);

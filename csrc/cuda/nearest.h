@@ -17,7 +17,8 @@ constexpr int padded_rows = 256;     // chunks are padded to this many rows
 constexpr int capacity = 16;         // candidates that a row can list; more, and it is scanned in float64
 constexpr int split_dims = 10;       // up to so many dims, operands are kept in two parts side by side
 constexpr int trailer_bytes = 1024;  // after the panels of a tile: 128 biases, then the bounds (reach, spread, offset)
-constexpr int centre_codes = 1024;   // codes whose mean is the centre: any centre is right, a mean makes numbers small
+constexpr int trailer_copied = 16 * (tile_codes / 4 + 1);  // of which so many bytes are read
+constexpr int centre_codes = 1024;  // codes whose mean is the centre: any centre is right, a mean makes numbers small
 
 enum Counter { head_counters = 2 };  // per head: wide rows; of all heads: rows to scan (at [heads])
 

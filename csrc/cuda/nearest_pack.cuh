@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(256) pack_codes(const Search s) {
 constexpr int rows_per_block = 32;
 struct RowsShared {
   float value[rows_per_block][65];
+  int64_t start[rows_per_block];
 };
 
 // Of a level of a residual search: one value less that of the row's code, or, `again`, what became of it. By the same thread.
@@ -200,7 +201,7 @@ VQK_DEVICE void load_rows(const Search &s, RowsShared &shared, int head, int fir
     float value = 0;
     if (first + r < s.rows && d < s.dim) {
       const int64_t n = s.first_row + first + r;
-      if (s.residual == nullptr || !again) value = load_float(s.x, s.x_dtype, row_start(s, head, n) + d * s.x_dim);
+      if (s.residual == nullptr || !again) value = load_float(s.x, s.x_dtype, shared.start[r] + d * s.x_dim);
       if (s.residual != nullptr) value = next_residual(s, head, n, d, value, again);
       value -= centre[d];
     }
@@ -209,13 +210,17 @@ VQK_DEVICE void load_rows(const Search &s, RowsShared &shared, int head, int fir
 }
 
 // Rows of a chunk: operands, and per row f, |a|, |a - a^|, an offset, a state. Grid: (32 rows each, heads).
-__global__ void __launch_bounds__(256) pack_rows(const Search s) {
+__global__ void __launch_bounds__(256, 3) pack_rows(const Search s) {
   RowsShared &shared = shared_memory<RowsShared>();
   const int head = static_cast<int>(blockIdx.y), first = static_cast<int>(blockIdx.x) * rows_per_block;
   if (first == 0 && threadIdx.x == 0) {
     s.counters[head] = 0;
     if (head == 0) s.counters[s.heads] = 0;
   }
+  // Once per row: 64-bit divisions are subroutines.
+  if (threadIdx.x < rows_per_block)
+    shared.start[threadIdx.x] = row_start(s, head, s.first_row + first + static_cast<int>(threadIdx.x));
+  __syncthreads();
   float most[4] = {0, 0, 0, 0};
   bool nan[4] = {false, false, false, false}, wild[4] = {false, false, false, false};
   for (int first_dim = 0; first_dim < s.dim; first_dim += 64) {

@@ -56,8 +56,8 @@ VQK_DEVICE void produce(const Search &s, Shared90<width, panels, halves> &shared
       const unsigned char *from = tile_start(s, item.head, tile);
       const int slot = tiles % trailers90;
       if (tiles >= trailers90) shared.trailer_empty[slot].wait((tiles / trailers90 - 1) % 2);
-      shared.trailer_full[slot].arrive_expect(16 * (tile_codes / 4 + 1));
-      bulk_copy(shared.trailer[slot], from + panels * Shared::codes_bytes, 16 * (tile_codes / 4 + 1), shared.trailer_full[slot]);
+      shared.trailer_full[slot].arrive_expect(trailer_copied);
+      bulk_copy(shared.trailer[slot], from + panels * Shared::codes_bytes, trailer_copied, shared.trailer_full[slot]);
       for (int panel = 0; panel < panels; ++panel, ++step) {
         const int stage = step % Shared::stages;
         if (step >= Shared::stages) shared.codes_empty[stage].wait((step / Shared::stages - 1) % 2);
@@ -152,6 +152,7 @@ struct Consumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) pin(best[half][h]);
     if (half == 0) {
+      fence_async_proxy();  // these were ordinary loads; what comes next is a copy by the async proxy
       __syncwarp();
       release(shared.trailer_empty[slot]);
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_host import SEEDS, set_seed
+from cuda_host import SEEDS, set_seed, set_shared
 from gpu_data import Search, data, extremes, planted, strided
 
 from vqkernels import _cuda, _cuda_nearest
@@ -48,7 +48,7 @@ def force(
         return Plan(SM80 if screen == SM90 and dim > 512 else screen, splits, min(chunk, max(rows, 1)), 128)
 
     monkeypatch.setattr(_cuda_nearest, "plan", plan)
-    monkeypatch.setattr(_cuda_nearest, "HOSTED", _cuda_nearest.Device((9, 0), processors))
+    monkeypatch.setattr(_cuda_nearest, "HOSTED", _cuda_nearest.Device((9, 0), processors, 227 * 1024))
 
 
 search = Search("native")
@@ -148,6 +148,19 @@ def test_chunks_of_rows_and_splits_of_codes_change_nothing(
     for seed, d in ((SEEDS[1], 9), (SEEDS[3], 40)):
         set_seed(seed)
         check(*data(30 if chunk == 7 else 300, 520, d))
+
+
+@pytest.mark.parametrize("dim", [5, 20, 64, 95, 128, 190, 256, 300])
+def test_blocks_with_99_kilobytes_are_enough(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # sm_86, sm_89, sm_120: rows of more than one panel stream there.
+    force(monkeypatch, SM80)
+    monkeypatch.setattr(_cuda_nearest, "HOSTED", _cuda_nearest.Device((8, 6), 3, 99 * 1024))
+    set_seed(SEEDS[1])
+    set_shared(99 * 1024)
+    try:
+        check(*data(70, 140, dim))
+    finally:
+        set_shared(227 * 1024)
 
 
 def test_slices_of_a_scan_are_merged(screen: int) -> None:
