@@ -198,6 +198,32 @@ def _patched(cases: dict[str, Record]) -> str:
     return _markdown(header, rows, 3) + "\n\n" + note + _conditions(list(cases.values()))
 
 
+def _residual(cases: dict[str, Record]) -> str:
+    rows = []
+    for r in cases.values():
+        ratio = r["speedup"]
+        rows.append(
+            [
+                r["title"],
+                f"{r['size']}, {r['levels']} levels",
+                *(_milliseconds(r["ms"][who]["median"]) for who in ("plain", "asked", "searched")),
+                *(
+                    f"{_times(ratio[who]['median'])} [{_times(ratio[who]['q25'])}, {_times(ratio[who]['q75'])}]"
+                    for who in ("plain", "asked")
+                ),
+                _milliseconds(r["ms"]["read"]["median"]),
+                f"{100 * r['read_share']['median']:.0f} %",
+            ]
+        )
+    header = ["case", "N x K x D", "cdist loop, ms", "level by level, ms", "one search, ms", "to the loop", "to levels"]
+    header += ["codes read once, ms", "of our time"]
+    note = (
+        "Milliseconds are medians of one call of `ResidualVectorQuantizer` in eval (the loop: `torch.cdist`, arg-min, "
+        "gather), ratios medians [quartiles] over rounds. Reading the codes is a sum over all of them. "
+    )
+    return _markdown(header, rows, 2) + "\n\n" + note + _conditions(list(cases.values()))
+
+
 def _scaling(cases: dict[str, Record]) -> str:
     letter = {"rows": "N", "codes": "K", "dim": "D"}
     rows = []
@@ -296,6 +322,8 @@ def main(arguments: list[str] | None = None) -> int:
         sections["scaling"] = _scaling(cases)
     if cases := results.get("patched"):
         sections["patched"] = _patched(cases)
+    if cases := results.get("residual"):
+        sections["residual"] = _residual(cases)
     from benchmarks import charts, gpu_report
 
     images = charts.draw(results, options.docs / IMAGES.relative_to(ROOT))
@@ -308,6 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
         "docs/gpu.md",
         "docs/drop-in.md",
         "docs/drop-in-models.md",
+        "docs/quantizers.md",
     ):
         path = options.docs / document
         for image in images:

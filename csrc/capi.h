@@ -77,6 +77,13 @@ VQK_API int32_t vqk_cpu_nearest_pack(const vqk_codes *codebook, int32_t metric, 
 VQK_API int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision, int32_t isa,
                                 const void *packed, int64_t *indices, float *score);
 
+// residual_nearest: `levels` searches (l2, exact), each in what the ones before it left over. codebooks and packed have one entry
+// per level; packed itself may be null where needs_packing says 0. indices, score: contiguous (levels, H, B, S); out: the sums of
+// the chosen codes, float64 for float64 x, else float32, with any strides.
+VQK_API int32_t vqk_cpu_residual_nearest_needs_packing(const vqk_rows *x, const vqk_codes *codebooks, int32_t levels);
+VQK_API int32_t vqk_cpu_residual_nearest(const vqk_rows *x, const vqk_codes *codebooks, int32_t levels, int32_t isa,
+                                         const void *const *packed, int64_t *indices, float *score, const vqk_rows *out);
+
 // lookup: out[h, b, s, :] = codebook[h, indices[h, b, s], :], zeros where the index is -1. out may have any strides and dtype.
 VQK_API int32_t vqk_cpu_lookup(const vqk_codes *codebook, const int64_t *indices, const vqk_rows *out);
 

@@ -52,6 +52,8 @@ def c_type(text: str) -> Any:
         return c_void_p
     if name == "char" and pointers == 1:
         return c_char_p
+    if name == "void" and pointers == 2:
+        return POINTER(c_void_p)
     if pointers == 1:
         return POINTER(STRUCTS.get(name) or SCALARS[name])
     assert pointers == 0

@@ -4,6 +4,7 @@ from vqkernels.convert import convert
 from vqkernels.dispatch import Unsupported, use_backend
 from vqkernels.functional import VQOutput, codebook_sum, explain, lookup, nearest, vector_quantize
 from vqkernels.info import info
+from vqkernels.levels import ResidualNearest, residual_nearest
 from vqkernels.nn import (
     BSQ,
     FSQ,
@@ -28,6 +29,7 @@ __all__ = [
     "MultiScaleVectorQuantizer",
     "PatchReport",
     "RandomProjectionQuantizer",
+    "ResidualNearest",
     "ResidualVectorQuantizer",
     "SimVQ",
     "SplitResidualVectorQuantizer",
@@ -42,6 +44,7 @@ __all__ = [
     "lookup",
     "nearest",
     "patch",
+    "residual_nearest",
     "unpatch",
     "use_backend",
     "vector_quantize",

@@ -72,6 +72,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [_rows, _codes, c_int32, c_int32, c_int32, c_void_p, POINTER(c_int64), POINTER(c_float)],
     ),
+    "vqk_cpu_residual_nearest_needs_packing": (c_int32, [_rows, _codes, c_int32]),
+    "vqk_cpu_residual_nearest": (
+        c_int32,
+        [_rows, _codes, c_int32, c_int32, POINTER(c_void_p), POINTER(c_int64), POINTER(c_float), _rows],
+    ),
     "vqk_cpu_lookup": (c_int32, [_codes, POINTER(c_int64), _rows]),
     "vqk_cpu_codebook_sum": (c_int32, [_rows, POINTER(c_int64), c_int64, c_void_p, POINTER(c_float)]),
     "vqk_cpu_ema_update": (

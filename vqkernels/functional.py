@@ -370,8 +370,8 @@ def explain(op: str, *args: Any, backend: str = "auto", **options: Any) -> str:
     """Which backend runs a call, and why not the others, one line each.
 
     Args:
-        op: ``"nearest"``, ``"lookup"``, ``"codebook_sum"``, ``"ema_update"``, ``"quantize_grad"`` or
-            ``"quantize_output"``.
+        op: ``"nearest"``, ``"residual_nearest"``, ``"lookup"``, ``"codebook_sum"``, ``"ema_update"``,
+            ``"quantize_grad"`` or ``"quantize_output"``.
         *args: what you would pass to the public function of that name (the op itself for the last three).
         backend: as in :func:`nearest`.
         **options: keyword arguments of the function, such as ``metric``.
@@ -397,6 +397,9 @@ def explain(op: str, *args: Any, backend: str = "auto", **options: Any) -> str:
         heads = given["codebook"].dim() == 3
         given["x"] = arguments.to_rows(given["x"], heads)
         given["codebook"] = arguments.to_codes(given["codebook"])
+    elif op == "residual_nearest" and len(args) >= 2:
+        given["x"] = arguments.to_rows(given["x"], False)
+        given["codebooks"] = [arguments.to_codes(codebook) for codebook in given["codebooks"]]
     elif op == "lookup" and len(args) >= 2:
         heads = given["codebook"].dim() == 3
         given["indices"] = arguments.to_positions(given["indices"], heads)

@@ -1,11 +1,10 @@
 // nearest on CPU: arguments, the packed codebook's plan, threads and scratch. The kernels are in nearest_<isa>.cpp.
-#include "cpu/nearest.h"
+#include "cpu/nearest_search.h"
 
 #include <cmath>
 #include <cstdlib>
 
 namespace vqk {
-namespace {
 
 const Kernels *kernels_for(int32_t isa, int64_t dim) {
   if (!vqk_cpu_has_isa(isa)) return nullptr;
@@ -26,7 +25,20 @@ const Kernels *kernels_for(int32_t isa, int64_t dim) {
   }
 }
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int32_t check_codes(const vqk_codes *codebook) {
+  if (codebook->size[1] < 1) return fail(VQK_INVALID, "codebook is empty");
+  if (codebook->stride[2] != 1 && codebook->size[2] > 1) return fail(VQK_INVALID, "codebook rows must be contiguous");
+  return VQK_OK;
+}
+
+int64_t rows_per_block(const Kernels *kernels, int64_t heads, int64_t rows) {
+  const int64_t tile = kernels->row_tile, threads = num_threads();
+  const int64_t share = round_up((heads * rows + threads - 1) / threads, tile), most = round_up(kernels->block_rows, tile);
+  const int64_t fair = share < most ? share : most, every = round_up(rows, tile);
+  return fair < every ? fair : every;
+}
+
+namespace {
 
 // Sizes and offsets of one head, everything but the values.
 PackedHead plan(const vqk_codes *codebook, const Kernels *kernels) {
@@ -56,12 +68,6 @@ PackedHead plan(const vqk_codes *codebook, const Kernels *kernels) {
   head.codes = take(head.blocks * kCodes * head.steps * 4);
   head.bytes = at;
   return head;
-}
-
-int32_t check_codes(const vqk_codes *codebook) {
-  if (codebook->size[1] < 1) return fail(VQK_INVALID, "codebook is empty");
-  if (codebook->stride[2] != 1 && codebook->size[2] > 1) return fail(VQK_INVALID, "codebook rows must be contiguous");
-  return VQK_OK;
 }
 
 // Centre and scale come from a sample: any centre and any power of two are correct, these make the bound tight.
@@ -162,7 +168,8 @@ int32_t pack_head(const vqk_codes *codebook, int64_t head_index, int32_t metric,
   return status;
 }
 
-// Scratch of one block, carved from one allocation that each thread keeps.
+}  // namespace
+
 int64_t block_bytes(const vqk_rows *x, const PackedHead *head, const Kernels *kernels, int64_t rows, char *base, Block *block) {
   int64_t at = 0;
   const auto take = [&](int64_t bytes) {
@@ -205,6 +212,8 @@ int64_t block_bytes(const vqk_rows *x, const PackedHead *head, const Kernels *ke
   return at;
 }
 
+namespace {
+
 // Kept by each thread between calls, so that small searches don't pay for fresh pages.
 struct Scratch {
   char *data = nullptr;
@@ -220,6 +229,12 @@ struct Scratch {
   }
 };
 thread_local Scratch thread_scratch;
+
+}  // namespace
+
+char *thread_memory(int64_t bytes) { return thread_scratch.get(bytes); }
+
+namespace {
 
 struct Search {
   const vqk_rows *x;
@@ -263,7 +278,7 @@ int32_t search_directly(const vqk_rows *x, const vqk_codes *codebook, int32_t me
   const int64_t per_part = round_up(fair > least ? fair : least, kCodes), pitch = round_up(codes, kCodes),
                 parts = (codes + per_part - 1) / per_part;
   const int64_t bytes = (rows * pitch + parts * kDirectRows) * static_cast<int64_t>(sizeof(float));
-  float *upper = reinterpret_cast<float *>(thread_scratch.get(bytes));
+  float *upper = reinterpret_cast<float *>(thread_memory(bytes));
   if (upper == nullptr) return fail(VQK_NO_MEMORY, "no memory for %lld bytes of scratch", (long long)bytes);
   float *lower = upper + rows * pitch;
   for (int64_t h = 0; h < x->size[0]; ++h) {
@@ -337,11 +352,7 @@ int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t me
 
   vqk::Search search = {x, codebook,    static_cast<const char *>(packed), kernels, metric, precision, indices, score, rows, 0,
                         0, first->bytes};
-  // A block per thread at least, as long as each still fills the register tile.
-  const int64_t share = vqk::round_up((heads * rows + threads - 1) / threads, kernels->row_tile);
-  const int64_t most = vqk::round_up(kernels->block_rows, kernels->row_tile);
-  search.block_rows = share < most ? share : most;
-  if (search.block_rows > vqk::round_up(rows, kernels->row_tile)) search.block_rows = vqk::round_up(rows, kernels->row_tile);
+  search.block_rows = vqk::rows_per_block(kernels, heads, rows);
   search.blocks_per_head = (rows + search.block_rows - 1) / search.block_rows;
   const int64_t items = heads * search.blocks_per_head;
   const int64_t bytes = vqk::block_bytes(x, first, kernels, search.block_rows, nullptr, nullptr);
@@ -349,7 +360,7 @@ int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t me
 
   if (items >= threads || first->groups < 2 * threads) {
     vqk::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-      char *scratch = vqk::thread_scratch.get(bytes);
+      char *scratch = vqk::thread_memory(bytes);
       if (scratch == nullptr) {
         __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
         return;
@@ -363,7 +374,7 @@ int32_t vqk_cpu_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t me
       }
     });
   } else {  // fewer blocks than threads: split the codes of each block over the threads that are left
-    char *scratch = vqk::thread_scratch.get(bytes * items);
+    char *scratch = vqk::thread_memory(bytes * items);
     if (scratch == nullptr) return vqk::fail(VQK_NO_MEMORY, "no memory for %lld bytes of scratch", (long long)(bytes * items));
     const int64_t parts = (threads + items - 1) / items, groups = first->groups, per_group = first->blocks_per_group;
     // Parts hold an even number of blocks, as the kernels expect.

@@ -11,7 +11,7 @@ import torch
 from shapes import ISAS, search
 from torch import Tensor
 
-from vqkernels import _native
+from vqkernels import _cpu_nearest, _native
 from vqkernels.ops.nearest import METRICS
 from vqkernels.ops.nearest import native as nearest_native
 from vqkernels.testing import assert_nearest, oracle_nearest
@@ -32,13 +32,13 @@ def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The packed codebook of every search, in order."""
-    packed, found = nearest_native._packed, []
+    packed, found = _cpu_nearest.packed, []
 
     def record(*args: object) -> Tensor:
         found.append(packed(*args))  # type: ignore[arg-type]
         return found[-1]
 
-    monkeypatch.setattr(nearest_native, "_packed", record)
+    monkeypatch.setattr(_cpu_nearest, "packed", record)
     return found
 
 
@@ -249,7 +249,7 @@ def test_no_budget_means_no_cache(monkeypatch: pytest.MonkeyPatch, served: list[
         index, score = search(X, codes)
         assert_nearest(index, X, codes, "l2", score)
     assert served[0] is not served[1]
-    assert not nearest_native._cache
+    assert not _cpu_nearest._cache
 
 
 def test_the_budget_is_kept_and_the_oldest_leaves(monkeypatch: pytest.MonkeyPatch, served: list[Tensor]) -> None:
@@ -258,7 +258,7 @@ def test_the_budget_is_kept_and_the_oldest_leaves(monkeypatch: pytest.MonkeyPatc
     x = torch.randn(9, 32)
     for one in codes:
         search(x, one)
-        assert sum(packed.untyped_storage().nbytes() for _, packed in nearest_native._cache.values()) <= 2**20
+        assert sum(packed.untyped_storage().nbytes() for _, packed in _cpu_nearest._cache.values()) <= 2**20
     search(x, codes[-1])
     assert served[-1] is served[9]
     search(x, codes[0])
@@ -270,7 +270,7 @@ def test_a_codebook_larger_than_the_budget_is_searched(monkeypatch: pytest.Monke
     codes, x = torch.randn(2048, 32), torch.randn(33, 32)
     index, score = search(x, codes)
     assert_nearest(index, x, codes, "l2", score)
-    assert not nearest_native._cache
+    assert not _cpu_nearest._cache
 
 
 def test_threads_with_codebooks_of_their_own() -> None:

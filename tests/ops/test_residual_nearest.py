@@ -56,6 +56,44 @@ def test_the_bits_of_the_ops_called_level_by_level(
     assert values.is_contiguous()
 
 
+# Rows per thread decide how the native library goes through them: directly, level by level, or in blocks.
+ROWS = [(1, 1, 1), (2, 3, 3), (1, 67, 1), (2, 2, 301)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("h", "b", "s"), ROWS)
+def test_every_instruction_set_and_order(isa: str, h: int, b: int, s: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, codebooks = case(h, b, s, 19, (100, 33, 257), dtype)
+        expected = composed(x, codebooks)
+        torch.set_num_threads(threads)
+        try:
+            found = [residual_nearest(x, codebooks, first, "native") for first in (False, True)]
+        finally:
+            torch.set_num_threads(before)
+        for (indices, values, score), first in zip(found, (False, True), strict=True):
+            assert indices.equal(expected[0])
+            assert (values.transpose(2, 3) if first else values).equal(expected[1])
+            assert score.equal(expected[2])
+
+
+@pytest.mark.parametrize("dim", [1, 2, 8, 9, 64])
+def test_every_instruction_set_at_its_dims(isa: str, dim: int) -> None:
+    x, codebooks = case(1, 1, 600, dim, (50, 3000 if dim < 10 else 70), torch.float32)
+    found = residual_nearest(x, codebooks, False, "native")
+    assert all(a.equal(b) for a, b in zip(found, composed(x, codebooks), strict=True))
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_codebook_that_changed_in_place_is_packed_anew(isa: str, rows: int) -> None:
+    x, codebooks = case(1, 1, rows, 24, (90, 80), torch.float32)
+    residual_nearest(x, codebooks, False, "native")
+    codebooks[1].data.mul_(-1.5)
+    found = residual_nearest(x, codebooks, False, "native")
+    assert all(a.equal(b) for a, b in zip(found, composed(x, codebooks), strict=True))
+
+
 @pytest.mark.parametrize(("h", "b", "s", "d", "sizes"), SHAPES)
 def test_every_level_is_the_float64_oracle_of_its_residual(
     backend: str, h: int, b: int, s: int, d: int, sizes: tuple[int, ...]

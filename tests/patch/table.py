@@ -64,6 +64,17 @@ def _audio(model: str) -> Row:
     )  # fmt: skip
 
 
+def _levels(model: str, name: str, hidden: int = D) -> Row:
+    config = SimpleNamespace(
+        codebook_size=K, codebook_dim=D, num_quantizers=4, frame_rate=75, num_semantic_quantizers=1,
+        vector_quantization_hidden_dimension=D, hidden_size=hidden,
+    )  # fmt: skip
+    return Row(
+        lambda: transformers_class(model, name)(config),
+        (3, hidden, 41), 1, "transformers_audio", _encode, trains=False, wide=model != "mimi",
+    )  # fmt: skip
+
+
 def _image(model: str, name: str) -> Row:
     config = SimpleNamespace(num_embeddings=K, embed_dim=D, beta=0.3, num_patches=3)
     return Row(
@@ -103,6 +114,10 @@ ROWS: dict[str, Row] = {
     "vector-quantize-pytorch ResidualVQ": _lucidrains("ResidualVQ", num_quantizers=3),
     "vector-quantize-pytorch SimVQ": _lucidrains("SimVQ"),
     **{f"transformers {model}": _audio(model) for model in FAMILY},
+    "transformers EnCodec levels": _levels("encodec", "EncodecResidualVectorQuantizer"),
+    "transformers X-Codec levels": _levels("xcodec", "XcodecResidualVectorQuantization"),
+    "transformers Mimi levels": _levels("mimi", "MimiResidualVectorQuantizer"),
+    "transformers Mimi levels, projected": _levels("mimi", "MimiSplitResidualVectorQuantizer", 11),
     "transformers DAC": Row(_dac, (3, 11, 29), 1, "transformers_audio", speaks=True),
     "transformers Chameleon": _image("chameleon", "ChameleonVQVAEVectorQuantizer"),
     "transformers Janus": _image("janus", "JanusVQVAEVectorQuantizer"),
@@ -140,7 +155,7 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(4)
     module = ROWS[name].make()
     for path, tensor in _codes(module):
-        if "VectorQuantize" not in name and "ResidualVQ" not in name and "levels" not in name:
+        if "VectorQuantize" not in name and "ResidualVQ" not in name and name != "re-stated EnCodec levels":
             tensor.data.normal_(std=0.6 if path.endswith("frozen_codebook") else 1.0)
     return module
 

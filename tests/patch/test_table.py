@@ -48,7 +48,16 @@ class Searches:
                 self.seen.append((x[head].flatten(0, 1), codebook[head].clone(), indices[head].flatten(), metric))
             return indices, score
 
+        def through_levels(x: Tensor, codebooks: list[Tensor], *options: Any) -> Any:
+            found = search(x, codebooks, *options)
+            for codes, indices in zip(codebooks, found[0], strict=True):
+                self.seen.append((x[0].flatten(0, 1), codes[0].clone(), indices[0].flatten(), "l2"))
+                x = x - codes[0][indices[0]]
+            return found
+
+        search = ops.residual_nearest
         monkeypatch.setattr(ops, "nearest", recording)
+        monkeypatch.setattr(ops, "residual_nearest", through_levels)
 
     def assert_exact(self) -> None:
         """They happened, and every index is that of the float64 oracle."""

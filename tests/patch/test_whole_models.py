@@ -16,6 +16,8 @@ from whole_models import AUDIO, IMAGES, make
 import vqkernels
 
 LEVELS = {"EnCodec": 4, "Mimi": 5, "DAC": 4, "Chameleon": 1, "Janus": 1, "Emu3": 1, "diffusers VQModel": 1}
+# Residual quantizers that search their levels in one op.
+AROUND_LEVELS = {"EnCodec": 1, "Mimi": 2}
 
 
 def encode(model: nn.Module, x: Tensor) -> Tensor:
@@ -49,6 +51,10 @@ def decode(model: nn.Module, codes: Tensor) -> Tensor | None:
     return None if kind == "ChameleonVQVAE" else m.decode(codes)
 
 
+def adapters_in(model: nn.Module) -> int:
+    return sum(isinstance(m, vqkernels.recognisers.Adapter) for m in model.modules())
+
+
 @pytest.fixture(params=[*AUDIO, *IMAGES])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -57,7 +63,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_codes_and_decoding_equal_the_original(name: str) -> None:
     model, x = make(name)
     original, patched = pair(model)
-    assert sum(isinstance(m, vqkernels.recognisers.Adapter) for m in patched.modules()) == LEVELS[name]
+    assert adapters_in(patched) == LEVELS[name] + AROUND_LEVELS.get(name, 0)
     with torch.no_grad():
         for values in (x, permuted(x, range(x.dim() - 1, -1, -1))):
             codes = encode(original, values)
@@ -190,7 +196,7 @@ def test_patched_models_can_be_copied_and_pickled(name: str) -> None:
     with torch.no_grad():
         expected = encode(patched, x)
         for other in copies:
-            assert sum(isinstance(m, vqkernels.recognisers.Adapter) for m in other.modules()) == LEVELS[name]
+            assert adapters_in(other) == adapters_in(patched)
             assert torch.equal(encode(other, x), expected)
 
 

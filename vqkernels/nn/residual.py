@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vqkernels import _arguments as arguments
 from vqkernels.nn import checkpoints
@@ -20,6 +21,7 @@ from vqkernels.nn.estimators import estimate
 from vqkernels.nn.learning import in_backward
 from vqkernels.nn.level_dropout import DROPOUTS, check_levels, levels_to_keep
 from vqkernels.nn.projections import project_pair
+from vqkernels.nn.residual_search import LevelsOutput, search_levels
 from vqkernels.nn.vector_quantizer import VectorQuantizer
 
 __all__ = ["ESTIMATORS", "ResidualVQOutput", "ResidualVectorQuantizer"]
@@ -208,33 +210,46 @@ class ResidualVectorQuantizer(nn.Module):
         keep = self._keep(inside, keep)
         last = limit
         if keep is not None and keep.dim() == 0 and not torch.compiler.is_compiling() and keep.device.type == "cpu":
-            last = min(limit, int(keep))  # levels that nothing reaches: skipped where looking costs nothing
+            last, keep = min(limit, int(keep)), None  # levels that nothing reaches: skipped where looking costs nothing
 
-        residual, total = inside, torch.zeros_like(inside)
-        indices, codebook_losses, commitment_losses, losses = [], [], [], []
+        layers: list[Any] = list(self.layers)
+        levels = layers * last if self.shared_codebook else layers[:last]
+        found = search_levels(levels, inside, self._layout, mask) if keep is None else None
+        if found is None:
+            found = self._level_by_level(levels, inside, mask, keep)
+        total, indices, loss, codebook_loss, commitment_loss = found
+        if missing := self.num_levels - last:
+            indices = F.pad(indices, (0, missing), value=-1)
+            codebook_loss, commitment_loss = F.pad(codebook_loss, (0, missing)), F.pad(commitment_loss, (0, missing))
+        return ResidualVQOutput(
+            self._outside(total, z, mask),
+            indices,
+            loss / self.num_levels if self.reduction == "mean" else loss,
+            codebook_loss,
+            commitment_loss,
+        )
+
+    def _level_by_level(
+        self, levels: list[VectorQuantizer], z: Tensor, mask: Tensor | None, keep: Tensor | None
+    ) -> LevelsOutput:
+        """Every level on what the ones before it left over."""
+        residual, total = z, torch.zeros_like(z)
+        outputs = []
         with self._pooled():
-            for i in range(last):
-                out = self.level(i)(residual, self._mask(mask, keep, i, inside))
+            for i, level in enumerate(levels):
+                out = level(residual, self._mask(mask, keep, i, z))
                 values = out.quantized.detach() if self.estimator == "sum" else out.quantized
                 residual = residual - (values if self.estimator == "chained" else values.detach())
                 total = total + values
-                indices.append(out.indices)
-                codebook_losses.append(out.codebook_loss)
-                commitment_losses.append(out.commitment_loss)
-                losses.append(out.loss)
-        for _ in range(last, self.num_levels):
-            indices.append(torch.full_like(indices[0], -1))
-            codebook_losses.append(torch.zeros_like(codebook_losses[0]))
-            commitment_losses.append(torch.zeros_like(commitment_losses[0]))
+                outputs.append(out)
         if self.estimator == "sum":
-            total = estimate(inside, total, self.gradient, 1 if self._first(inside) else -1)
-        loss = torch.stack(losses).sum()
-        return ResidualVQOutput(
-            self._outside(total, z, mask),
-            torch.stack(indices, dim=-1),
-            loss / self.num_levels if self.reduction == "mean" else loss,
-            torch.stack(codebook_losses),
-            torch.stack(commitment_losses),
+            total = estimate(z, total, self.gradient, 1 if self._first(z) else -1)
+        return LevelsOutput(
+            total,
+            torch.stack([out.indices for out in outputs], dim=-1),
+            torch.stack([out.loss for out in outputs]).sum(),
+            torch.stack([out.codebook_loss for out in outputs]),
+            torch.stack([out.commitment_loss for out in outputs]),
         )
 
     def codes_to_output(self, indices: Tensor) -> Tensor:

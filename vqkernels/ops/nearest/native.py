@@ -1,21 +1,17 @@
 """``nearest`` on the kernels of csrc/cpu/nearest*.cpp, with a cache of packed codebooks, and of csrc/cuda/nearest*.
 
-Called by ``dispatch``. Packing costs O(K*D); a packed codebook is kept and served again only if a 128-bit fingerprint
-of the *content*, read anew on every call, still matches: in-place updates, ``.data`` swaps and optimiser steps are
-seen because nothing but the values is trusted. Tensors on a GPU go to ``_cuda_nearest``, which packs on every call.
+Called by ``dispatch``. ``_cpu_nearest`` keeps what was packed; tensors on a GPU go to ``_cuda_nearest``, which packs
+on every call.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
-from collections import OrderedDict
 
 import torch
 from torch import Tensor
 
-from vqkernels import _cuda, _cuda_nearest, _native
+from vqkernels import _cpu_nearest, _cuda, _cuda_nearest, _native
 
 
 def supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
@@ -31,44 +27,7 @@ def describe(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str:
 
 
 def _isa(lib: ctypes.CDLL, codebook: Tensor) -> int:
-    """The instruction set that was asked for, else the fastest for these sizes."""
-    if os.environ.get("VQKERNELS_ISA", "auto") not in ("", "auto"):
-        return _native.isa()
-    return int(lib.vqk_cpu_nearest_isa(codebook.shape[1], codebook.shape[2]))
-
-
-_lock = threading.Lock()
-_cache: OrderedDict[tuple[object, ...], tuple[tuple[int, int], Tensor]] = OrderedDict()
-
-
-def _budget() -> int:
-    return int(float(os.environ.get("VQKERNELS_CACHE_MB", "64")) * 2**20)
-
-
-def _packed(lib: ctypes.CDLL, key: tuple[object, ...], codes: _native.Codes, metric: int, isa: int) -> Tensor:
-    found = (ctypes.c_uint64 * 2)()
-    _native.check(lib.vqk_cpu_nearest_fingerprint(ctypes.byref(codes), found))
-    fingerprint = (int(found[0]), int(found[1]))
-    # The key only says which entry to replace when a codebook changes; the fingerprint decides whether it serves.
-    with _lock:
-        entry = _cache.get(key)
-        if entry is not None and entry[0] == fingerprint:
-            _cache.move_to_end(key)
-            return entry[1]
-    size = lib.vqk_cpu_nearest_packed_bytes(ctypes.byref(codes), metric, isa)
-    storage = torch.empty(size + 64, dtype=torch.uint8)
-    packed = storage[-storage.data_ptr() % 64 :][:size]
-    _native.check(lib.vqk_cpu_nearest_pack(ctypes.byref(codes), metric, isa, packed.data_ptr()))
-    with _lock:
-        _cache.pop(key, None)
-        if storage.untyped_storage().nbytes() > _budget():
-            return packed
-        _cache[key] = (fingerprint, packed)
-        total = sum(p.untyped_storage().nbytes() for _, p in _cache.values())
-        while total > _budget() and _cache:
-            _, (_, dropped) = _cache.popitem(last=False)
-            total -= dropped.untyped_storage().nbytes()
-    return packed
+    return _cpu_nearest.isa(lib, codebook.shape[1], codebook.shape[2])
 
 
 def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:
@@ -87,8 +46,7 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     # A few rows are searched in the codebook itself: packing it, or checking that it is unchanged, would cost more.
     packed = None
     if precision == "fast" or lib.vqk_cpu_nearest_needs_packing(rows_at, codes_at):
-        key = (given.data_ptr(), given.dtype, given.shape, given.stride(), metric, isa)
-        packed = _packed(lib, key, codes, _native.METRICS[metric], isa)
+        packed = _cpu_nearest.packed(lib, given, codes, _native.METRICS[metric], isa)
     _native.check(
         lib.vqk_cpu_nearest(
             rows_at,
@@ -106,5 +64,4 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
 
 def clear_cache() -> None:
     """Forget every packed codebook."""
-    with _lock:
-        _cache.clear()
+    _cpu_nearest.clear()

@@ -8,10 +8,11 @@ its code.
 from __future__ import annotations
 
 from vqkernels.recognisers.vector_quantize_pytorch.modules import SimVQAdapter, VectorQuantizeAdapter
+from vqkernels.recognisers.vector_quantize_pytorch.residual import ResidualVQAdapter
 
 __all__ = ["ADAPTERS", "IGNORED"]
 
-ADAPTERS = (VectorQuantizeAdapter, SimVQAdapter)
+ADAPTERS = (VectorQuantizeAdapter, ResidualVQAdapter, SimVQAdapter)
 
 _LIBRARY = "vector_quantize_pytorch"
 IGNORED = {

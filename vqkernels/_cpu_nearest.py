@@ -1,0 +1,68 @@
+"""What a search on the CPU needs before its call: the instruction set, and packed codebooks, which are kept.
+
+Called by ``ops/nearest/native.py`` and ``ops/residual_nearest/native.py``. Packing costs O(K*D); a packed codebook is
+served again only if a 128-bit fingerprint of the *content*, read anew on every call, still matches: in-place updates,
+``.data`` swaps and optimiser steps are seen because nothing but the values is trusted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from vqkernels import _native
+
+__all__ = ["clear", "isa", "packed"]
+
+_lock = threading.Lock()
+_cache: OrderedDict[tuple[object, ...], tuple[tuple[int, int], Tensor]] = OrderedDict()
+
+
+def isa(lib: ctypes.CDLL, num_codes: int, dim: int) -> int:
+    """The instruction set that was asked for, else the fastest for these sizes."""
+    if os.environ.get("VQKERNELS_ISA", "auto") not in ("", "auto"):
+        return _native.isa()
+    return int(lib.vqk_cpu_nearest_isa(num_codes, dim))
+
+
+def _budget() -> int:
+    return int(float(os.environ.get("VQKERNELS_CACHE_MB", "64")) * 2**20)
+
+
+def packed(lib: ctypes.CDLL, given: Tensor, codes: _native.Codes, metric: int, isa: int) -> Tensor:
+    """``codes``, which describe the contiguous form of the codebook ``given``, packed for this instruction set."""
+    found = (ctypes.c_uint64 * 2)()
+    _native.check(lib.vqk_cpu_nearest_fingerprint(ctypes.byref(codes), found))
+    fingerprint = (int(found[0]), int(found[1]))
+    # The key only says which entry to replace when a codebook changes; the fingerprint decides whether it serves.
+    key = (given.data_ptr(), given.dtype, given.shape, given.stride(), metric, isa)
+    with _lock:
+        entry = _cache.get(key)
+        if entry is not None and entry[0] == fingerprint:
+            _cache.move_to_end(key)
+            return entry[1]
+    size = lib.vqk_cpu_nearest_packed_bytes(ctypes.byref(codes), metric, isa)
+    storage = torch.empty(size + 64, dtype=torch.uint8)
+    result = storage[-storage.data_ptr() % 64 :][:size]
+    _native.check(lib.vqk_cpu_nearest_pack(ctypes.byref(codes), metric, isa, result.data_ptr()))
+    with _lock:
+        _cache.pop(key, None)
+        if storage.untyped_storage().nbytes() > _budget():
+            return result
+        _cache[key] = (fingerprint, result)
+        total = sum(p.untyped_storage().nbytes() for _, p in _cache.values())
+        while total > _budget() and _cache:
+            _, (_, dropped) = _cache.popitem(last=False)
+            total -= dropped.untyped_storage().nbytes()
+    return result
+
+
+def clear() -> None:
+    """Forget every packed codebook."""
+    with _lock:
+        _cache.clear()
