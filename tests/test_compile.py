@@ -95,7 +95,18 @@ def test_no_recompiles_over_varying_n(options: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "dynamic"), [(OPTIONS["gradient"], None), (OPTIONS["ema dead"], True)], ids=["batch", "all dims"]
+    ("options", "dynamic"),
+    [
+        pytest.param(OPTIONS["gradient"], None, id="batch"),
+        pytest.param(
+            OPTIONS["ema dead"],
+            True,
+            id="all dims",
+            marks=pytest.mark.skipif(
+                torch.__version__ < (2, 13), reason="Inductor of torch 2.11 cannot order symbolic strides of a 4-d view"
+            ),
+        ),
+    ],
 )
 def test_inductor_compiles_once_for_any_batch(options: dict[str, Any], dynamic: bool | None) -> None:
     torch.manual_seed(0)

@@ -126,7 +126,10 @@ def test_kernels_compile_and_fit(name: str) -> None:
     assert not interpreted()
     target, shared = TARGETS[name]
     uses = 0
+    old = target.backend == "hip" and _triton.version() < nearest.OLDEST_FOR_AMD
     for launch in launches():
+        if old and launch.fn.__name__ == "collect":
+            continue
         binary = compiled(launch, target)
         assert binary.metadata.shared <= shared, f"{launch}: {binary.metadata.shared} bytes of shared memory"
         if target.backend == "hip":
@@ -135,12 +138,21 @@ def test_kernels_compile_and_fit(name: str) -> None:
             assert set(spills) == {"0"}, f"{launch}: {spills} registers spilled"
             continue
         used = resources(binary)
-        # A frame of 8 bytes is no spilled tile: sm_100 has one in the smallest kernels.
-        assert used["STACK"] <= 8, f"{launch}: {used}"
+        # A frame of 16 bytes is no spilled tile: sm_100 (8) and with Triton 3.6 sm_80 have one in the smallest kernels.
+        assert used["STACK"] <= 16, f"{launch}: {used}"
         assert used["LOCAL"] == 0, f"{launch}: {used}"
         check_ptx(launch, binary.asm["ptx"])
         uses += bool(re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", binary.asm["ptx"]))
     assert target.backend == "hip" or uses >= len(SEARCHES)
+
+
+def test_a_triton_too_old_for_amd_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, codes = torch.zeros(1, 1, 1, 4), torch.zeros(1, 2, 4)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(_triton, "version", lambda: (3, 6))
+    assert nearest.supports(x, codes, "l2", "exact") == "Triton 3.6 cannot translate the search for AMD GPUs; 3.7 can"
+    monkeypatch.setattr(_triton, "version", lambda: (3, 7))
+    assert nearest.supports(x, codes, "l2", "exact") is None
 
 
 def check_ptx(launch: Launch, ptx: str) -> None:

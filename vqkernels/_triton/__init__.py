@@ -7,6 +7,7 @@ and they are imported by the first call that runs them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager
@@ -28,6 +29,7 @@ __all__ = [
     "strides",
     "unavailable",
     "unsupported_dtype",
+    "version",
 ]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -51,6 +53,15 @@ def unavailable(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'vqkernels[triton]')"
     return None
+
+
+@functools.cache
+def version() -> tuple[int, int]:
+    """Triton's, major and minor; imports it, whatever the package that brought it is called."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def held_back(device: torch.device) -> str | None:

@@ -175,7 +175,7 @@ def collect(
     end = tl.minimum(end, (split + 1) * tiles_per_split)
     resident = tl.zeros([BLOCK_M, BLOCK_D], tl.float16)
     if RESIDENT:
-        mask = (ok & (begin < end))[:, None]
+        mask = (ok & (begin + key * 0 < end))[:, None]  # not of two scalars: Triton 3.9 interprets these as an int32
         resident = tl.load(a_start[:, None] + tl.arange(0, BLOCK_D)[None, :], mask=mask, other=0.0)
     found = tl.zeros([BLOCK_M], tl.int32)
     column = tl.arange(0, BLOCK_N)
@@ -339,7 +339,8 @@ def resolve(
         tl.store(indices + head * num_rows + n + lane, code, mask=lane == 0)
         tl.store(score + head * num_rows + n + lane, value.to(tl.float32), mask=lane == 0)
     else:
-        mask = (c < size) | ((longest == 0) & (lane == 0))
+        none = lane + longest == 0  # lane 0, which stands for code 0, where no candidate is listed
+        mask = (c < size) | none
         code = tl.load(listed + place * CAPACITY + c, mask=c < size, other=0).to(tl.int64)
         norm = tl.full([BLOCK], 1.0, tl.float64)
         if METRIC == 1:
@@ -348,7 +349,7 @@ def resolve(
         value = tl.where(mask, value, float("inf"))
         least = tl.min(value, 0)
         winner = tl.min(tl.where(mask & (value == least), code, 9223372036854775807), 0)
-        chosen = mask & ((code == winner) | (longest == 0))  # one lane: a code is listed once; without any, code 0
+        chosen = (mask & (code == winner)) | none  # one lane: a code is listed once
         value = value if METRIC == 0 else -value
         tl.store(indices + head * num_rows + n + lane * 0, code, mask=chosen)
         tl.store(score + head * num_rows + n + lane * 0, value.to(tl.float32), mask=chosen)

@@ -37,12 +37,17 @@ FEW_ROWS = 2048
 SAMPLE = 1024
 STATS_CODES = 32
 HALVES = (torch.float16, torch.bfloat16)
+# Before it, "failed to translate module to LLVM IR": a sum beside a prefix sum in a branch of a loop (``collect``).
+OLDEST_FOR_AMD = (3, 7)
 
 
 def supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
     """Every shape and stride; float32, float16 and bfloat16 on either side; sizes that 32-bit indices reach."""
     if (reason := _triton.unsupported_dtype(_triton.SCREEN_DTYPES, x=x, codebook=codebook)) is not None:
         return reason
+    if torch.version.hip is not None and _triton.version() < OLDEST_FOR_AMD:
+        found, needed = (".".join(map(str, v)) for v in (_triton.version(), OLDEST_FOR_AMD))
+        return f"Triton {found} cannot translate the search for AMD GPUs; {needed} can"
     if x.shape[1] * x.shape[2] >= 2**30 or codebook.shape[1] >= 2**30:
         return f"{x.shape[1] * x.shape[2]} rows and {codebook.shape[1]} codes; row and code ids are 32-bit"
     return None
