@@ -63,7 +63,7 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def plan(heads: int, rows: int, codes: int, dim: int, device: Device, direct_work: int = DIRECT_WORK) -> Plan:
+def plan(heads: int, rows: int, codes: int, dim: int, device: Device, direct_work: int | None = None) -> Plan:
     """The plan for (H, N, D) rows and (H, K, D) codes; without a screen up to ``direct_work``.
 
     Example:
@@ -72,6 +72,7 @@ def plan(heads: int, rows: int, codes: int, dim: int, device: Device, direct_wor
         >>> plan(1, 8, 2048, 256, Device((9, 0), 132)).screen
         0
     """
+    direct_work = DIRECT_WORK if direct_work is None else direct_work
     if heads * rows <= DIRECT_ROWS and heads * rows * codes * dim <= direct_work:
         return Plan(DIRECT, 1, max(rows, 1), 1)
     screen = SM90 if device.capability == (9, 0) and dim <= 512 else SM80
