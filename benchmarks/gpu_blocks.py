@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; exit status 1 if a screen failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_blocks", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dims", type=int, nargs="+", default=[4, 8, 24, 64, 90, 128, 190, 256, 384, 512, 600])
+    parser.add_argument("--dims", type=int, nargs="+", default=[4, 5, 8, 30, 64, 90, 128, 190, 256, 384, 512, 600])
     options = parser.parse_args(arguments)
     from vqkernels import _cuda
 

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(threads80, 1) products80(const Search s, float
 template <int width>
 int32_t start80(const Products &p, void *stream) {
   Search s = Search();
-  s.layout = {width, p.panels, false};
+  s.layout = {width, p.panels, false, false};
   s.packed = const_cast<unsigned char *>(p.rows);
   s.codes = const_cast<unsigned char *>(p.codes);
   s.rows = s.rows_padded = products_rows;
