@@ -165,11 +165,11 @@ Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 def _wrong_rows(device: torch.device, screen: int, dim: int, search: Search, exact: int) -> int:
     """Rows in which a small search differs from the float64 one: several tiles and blocks, ties, near ties, lengths."""
-    generator = torch.Generator().manual_seed(0)
-    x, codes = torch.randn(CHECKED, dim, generator=generator), torch.randn(700, dim, generator=generator)
+    generator = np.random.default_rng(0)  # torch's follows default devices and dtypes
+    x, codes = (torch.from_numpy(generator.standard_normal((n, dim)).astype(np.float32)) for n in (CHECKED, 700))
     codes[500:520] = codes[100:120]
-    x[::3] = codes[torch.randint(700, (CHECKED // 3,), generator=generator)]
-    x[1::3] = (x[::3] + codes[torch.randint(700, (CHECKED // 3,), generator=generator)]) / 2
+    x[::3] = codes[torch.from_numpy(generator.integers(0, 700, CHECKED // 3))]
+    x[1::3] = (x[::3] + codes[torch.from_numpy(generator.integers(0, 700, CHECKED // 3))]) / 2
     x[2::30] *= 2.0**12
     x[5::30] *= 2.0**-12
     there = x[None, None].to(device), codes[None].to(device)
