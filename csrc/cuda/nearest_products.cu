@@ -23,6 +23,7 @@ struct Products {
 template <int width, int panels>
 struct SharedProducts {
   unsigned char rows[panels * row_block * 2 * width], codes[panels * tile_codes * 2 * width];
+  unsigned char beyond[18 * 1024];  // what other descriptors than the screen's may reach
   Mbarrier full;
 };
 
