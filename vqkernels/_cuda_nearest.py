@@ -96,7 +96,13 @@ def _best() -> int:
     asked = os.environ.get("VQKERNELS_CUDA_SCREEN", "")
     if asked not in FORCED:
         raise ValueError(f"vqkernels: VQKERNELS_CUDA_SCREEN is {asked!r}, not one of wgmma, mma, float64, auto")
-    return FORCED[asked]
+    return FORCED[asked] if has_wgmma() else min(FORCED[asked], SM80)
+
+
+@functools.cache
+def has_wgmma() -> bool:
+    """Whether the library was built for sm_90a: with sm_90 alone (VQKERNELS_CUDA_ARCHS) the wgmma screen is a trap."""
+    return _cuda.hosted() or "90a" in _cuda.lib().vqk_build_info().decode()
 
 
 def _plan(x: Tensor, codebook: Tensor, ask: bool) -> tuple[Plan, Device]:

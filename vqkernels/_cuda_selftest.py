@@ -203,7 +203,9 @@ def holds(device: torch.device, screen: int, dim: int, search: Search, exact: in
             )
         measured = next(p for w, p in reversed(LAYOUTS) if w == width and (p <= panels or p == 1))
         share = _rounding(device, screen, width, measured)
-        wrong = _wrong_rows(device, screen, dim, search, exact)
+        wrong = (
+            _wrong_rows(device, screen, dim, search, exact) if share <= 1 else 0
+        )  # one that is wrong might never end
         what = (
             [] if share <= 1 else [f"products of {width * measured} dims are off by {share:.3g} times what is allowed"]
         )
