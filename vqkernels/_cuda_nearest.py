@@ -148,11 +148,13 @@ def supports(x: Tensor, codebook: Tensor) -> str | None:
 
 def describe(x: Tensor, codebook: Tensor) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
-    chosen, _ = _plan(x, codebook, ask=False)
+    chosen, device = _plan(x, codebook, ask=False)
+    wanted = plan(x.shape[0], x.shape[1] * x.shape[2], codebook.shape[1], codebook.shape[2], device).screen
+    why = "" if chosen.screen == wanted else f" (the {SCREENS[wanted]} failed its self-test or is ruled out)"
     if chosen.screen == DIRECT:
-        return SCREENS[DIRECT]
+        return SCREENS[DIRECT] + why
     splits = f", codes split {chosen.splits} times" if chosen.splits > 1 else ""
-    return f"{SCREENS[chosen.screen]}, tiles of {chosen.block_rows} rows x {TILE_CODES} codes{splits}"
+    return f"{SCREENS[chosen.screen]}, tiles of {chosen.block_rows} rows x {TILE_CODES} codes{splits}{why}"
 
 
 def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:
