@@ -175,9 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; exit status 1 if a screen failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_blocks", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dims", type=int, nargs="+", default=[4, 8, 24, 64, 90, 128, 190, 256, 384, 512, 600])
+    parser.add_argument("--dims", type=int, nargs="+", default=[4, 5, 8, 30, 64, 90, 128, 190, 256, 384, 512, 600])
     options = parser.parse_args(arguments)
-    from vqkernels import _cuda
+    from vqkernels import _cuda, _cuda_nearest
 
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     if (reason := _cuda._load()[1]) is not None or (device.type == "cuda" and (reason := _cuda.unavailable())):
@@ -185,6 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     os.environ.pop("VQKERNELS_CUDA_SCREEN", None)
     hopper = device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
+    if hopper and not _cuda_nearest.has_wgmma():
+        print("the library was built without sm_90a: no wgmma screen")
+        hopper = False
     failed = []
     for screen in (1, 2) if hopper else (1,):
         start = time.monotonic()

@@ -103,7 +103,13 @@ def _best() -> int:
     asked = os.environ.get("VQKERNELS_CUDA_SCREEN", "")
     if asked not in FORCED:
         raise ValueError(f"vqkernels: VQKERNELS_CUDA_SCREEN is {asked!r}, not one of wgmma, mma, float64, auto")
-    return FORCED[asked]
+    return FORCED[asked] if has_wgmma() else min(FORCED[asked], SM80)
+
+
+@functools.cache
+def has_wgmma() -> bool:
+    """Whether the library was built for sm_90a: with sm_90 alone (VQKERNELS_CUDA_ARCHS) the wgmma screen is a trap."""
+    return _cuda.hosted() or "90a" in _cuda.lib().vqk_build_info().decode()
 
 
 def _plan(x: Tensor, codebook: Tensor, ask: bool) -> tuple[Plan, Device]:
@@ -155,15 +161,18 @@ def supports(x: Tensor, codebook: Tensor) -> str | None:
 
 def describe(x: Tensor, codebook: Tensor) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
-    return summary(_plan(x, codebook, ask=False)[0])
+    chosen, device = _plan(x, codebook, ask=False)
+    wanted = plan(x.shape[0], x.shape[1] * x.shape[2], codebook.shape[1], codebook.shape[2], device)
+    return summary(chosen, wanted.screen)
 
 
-def summary(chosen: Plan) -> str:
-    """A plan in words."""
+def summary(chosen: Plan, wanted: int) -> str:
+    """A plan in words, and that the screen ``wanted`` is left out where it is another one."""
+    why = "" if chosen.screen == wanted else f" (the {SCREENS[wanted]} failed its self-test or is ruled out)"
     if chosen.screen == DIRECT:
-        return SCREENS[DIRECT]
+        return SCREENS[DIRECT] + why
     splits = f", codes split {chosen.splits} times" if chosen.splits > 1 else ""
-    return f"{SCREENS[chosen.screen]}, tiles of {chosen.block_rows} rows x {TILE_CODES} codes{splits}"
+    return f"{SCREENS[chosen.screen]}, tiles of {chosen.block_rows} rows x {TILE_CODES} codes{splits}{why}"
 
 
 def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:

@@ -71,11 +71,12 @@ def supports(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
 
 def describe(x: Tensor, codebooks: Sequence[Tensor]) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
-    chosen, _ = _plan(x, codebooks, ask=False)
+    chosen, device = _plan(x, codebooks, ask=False)
     if chosen is None:
         return "float64, no screen, level by level"
+    (h, b, s, d), sizes = x.shape, [e.shape[1] for e in codebooks]
     how = "all levels in one launch" if chosen.screen == DIRECT else "codes of all levels packed together"
-    return f"{_cuda_nearest.summary(chosen)}, {how}"
+    return f"{_cuda_nearest.summary(chosen, plan(h, b * s, sizes, d, device).screen)}, {how}"
 
 
 def run(x: Tensor, codebooks: Sequence[Tensor], channel_first: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,12 +19,14 @@ int blocks_of(int64_t a, int64_t b) { return static_cast<int>(ceil_div(a, b)); }
 Layout layout_of(int dim, int kernel) {
   const bool split = dim <= split_dims;
   const int dims = split ? 3 * dim : dim;
-  if (dims <= 16) return {16, 1, split};
-  if (dims <= 32) return {32, 1, split};
-  if (dims > 64 && dims <= 96) return {32, 3, split};
+  if (dims <= 32) {
+    const int width = dims <= 16 ? 16 : 32;
+    return {width, 1, split, dims + bias_dims <= width};
+  }
+  if (dims > 64 && dims <= 96) return {32, 3, split, false};
   const int panels = blocks_of(dims, 64);
-  if (kernel == VQK_SCREEN_SM90 && panels > 4) return {64, panels <= 6 ? 6 : 8, split};
-  return {64, panels, split};
+  if (kernel == VQK_SCREEN_SM90 && panels > 4) return {64, panels <= 6 ? 6 : 8, split, false};
+  return {64, panels, split, false};
 }
 
 }  // namespace
@@ -170,17 +172,21 @@ void screen_by_warps(Run &run, const Search &s, size_t limit) {
   }
 }
 
-template <int width, int panels, int halves, int span>
+template <int width, int panels, int halves, int span, bool folded = false>
 void run_screen90(Run &run, const Search &s, int multiprocessors) {
   const int64_t items = static_cast<int64_t>(blocks_of(s.rows, 128 * halves)) * s.splits * s.heads;
-  run("nearest: screen (sm_90a)", screen90<width, panels, halves, span>, std::min<int64_t>(items, multiprocessors), 1, threads90,
-      sizeof(Shared90<width, panels, halves>), s);
+  run("nearest: screen (sm_90a)", screen90<width, panels, halves, span, folded>, std::min<int64_t>(items, multiprocessors), 1,
+      threads90, sizeof(Shared90<width, panels, halves>), s);
 }
 
 void screen_by_groups(Run &run, const Search &s, int multiprocessors) {
   switch (s.layout.width * s.layout.panels) {
-    case 16: return run_screen90<16, 1, 2, 32>(run, s, multiprocessors);
-    case 32: return run_screen90<32, 1, 2, 32>(run, s, multiprocessors);
+    case 16:
+      return s.layout.folded ? run_screen90<16, 1, 2, 32, true>(run, s, multiprocessors)
+                             : run_screen90<16, 1, 2, 32>(run, s, multiprocessors);
+    case 32:
+      return s.layout.folded ? run_screen90<32, 1, 2, 32, true>(run, s, multiprocessors)
+                             : run_screen90<32, 1, 2, 32>(run, s, multiprocessors);
     case 64: return run_screen90<64, 1, 2, 8>(run, s, multiprocessors);
     case 96: return run_screen90<32, 3, 2, 8>(run, s, multiprocessors);
     case 128: return run_screen90<64, 2, 2, 8>(run, s, multiprocessors);
@@ -225,7 +231,7 @@ int32_t pack(const Search &s, void *stream) {
   Run run{stream};
   run("nearest: centre", pack_centre, blocks_of(s.dim, 32), s.heads, 256, sizeof(CentreShared), s);
   run("nearest: code sizes", pack_stats, blocks_of(s.num_codes, 32), s.heads, 256, 0, s);
-  run("nearest: pack codes", pack_codes, s.tiles, s.heads, 256, sizeof(CodesShared), s);
+  run("nearest: pack codes", pack_codes, s.tiles, s.heads, pack_threads, sizeof(CodesShared), s);
   return run.status;
 }
 

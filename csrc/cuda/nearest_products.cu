@@ -23,6 +23,7 @@ struct Products {
 template <int width, int panels>
 struct SharedProducts {
   unsigned char rows[panels * row_block * 2 * width], codes[panels * tile_codes * 2 * width];
+  unsigned char beyond[18 * 1024];  // what other descriptors than the screen's may reach
   Mbarrier full;
 };
 
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(threads80, 1) products80(const Search s, float
 template <int width>
 int32_t start80(const Products &p, void *stream) {
   Search s = Search();
-  s.layout = {width, p.panels, false};
+  s.layout = {width, p.panels, false, false};
   s.packed = const_cast<unsigned char *>(p.rows);
   s.codes = const_cast<unsigned char *>(p.codes);
   s.rows = s.rows_padded = products_rows;

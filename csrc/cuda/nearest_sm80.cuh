@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(threads80, 1) screen80(const Search s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int m = i / 2, h = i % 2;
-          keep_best<16 / span, span>(best[m][h], &sums[m][0][2 * h], bias, row[m][h].f, bound(row[m][h], trailer + tile_codes),
-                                     (tile * tile_codes + code_of80()) / 8);
+          keep_best<16 / span, span, false>(best[m][h], &sums[m][0][2 * h], bias, row[m][h].f,
+                                            bound(row[m][h], trailer + tile_codes), (tile * tile_codes + code_of80()) / 8);
         }
       });
 #pragma unroll

@@ -163,6 +163,12 @@ def test_a_screen_can_be_ruled_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, screen in (("wgmma", SM90), ("auto", SM90), ("mma", SM80), ("float64", DIRECT)):
         monkeypatch.setenv("VQKERNELS_CUDA_SCREEN", name)
         assert _cuda_nearest._plan(x, codes, ask=False)[0].screen == screen
+        line = _cuda_nearest.describe(x, codes)
+        assert line.startswith(_cuda_nearest.SCREENS[screen])
+        assert ("(the wgmma screen failed its self-test or is ruled out)" in line) == (screen != SM90)
+    monkeypatch.delenv("VQKERNELS_CUDA_SCREEN")
+    monkeypatch.setattr(_cuda_nearest, "has_wgmma", lambda: False)
+    assert _cuda_nearest._plan(x, codes, ask=False)[0].screen == SM80, "built for sm_90 without the a"
     monkeypatch.setenv("VQKERNELS_CUDA_SCREEN", "hopper")
     with pytest.raises(ValueError, match="VQKERNELS_CUDA_SCREEN is 'hopper'"):
         _cuda_nearest._plan(x, codes, ask=False)
