@@ -17,7 +17,7 @@ __all__ = ["PROOF", "SANITIZERS", "carried", "sources", "table", "verdict"]
 
 Record = dict[str, Any]
 # What must be green before "auto" may choose these kernels, and what must not have found anything.
-PROOF = ("selftest", "smoke", "tests")
+PROOF = ("blocks", "selftest", "smoke", "tests")
 SANITIZERS = ("memcheck", "racecheck")
 
 

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +17,29 @@ from torch import Tensor
 
 def _layouts(x: Tensor) -> list[Tensor]:
     return [x, x.transpose(-1, -2).contiguous().transpose(-1, -2)]
+
+
+# As VQKERNELS_CUDA_SCREEN has them; on other GPUs than Hopper "wgmma" is mma.sync too.
+SCREENS = ("wgmma", "mma")
+
+
+@contextlib.contextmanager
+def _screen(name: str) -> Iterator[None]:
+    """A screen for searches that the CUDA library would do without one."""
+    from vqkernels import _cuda_nearest
+
+    before, work = os.environ.get("VQKERNELS_CUDA_SCREEN"), _cuda_nearest.DIRECT_WORK
+    order = ("float64", "mma", "wgmma", "auto", "")
+    # What the driver ruled out stays so.
+    os.environ["VQKERNELS_CUDA_SCREEN"] = min(name, before or "auto", key=order.index)
+    _cuda_nearest.DIRECT_WORK = 0
+    try:
+        yield
+    finally:
+        _cuda_nearest.DIRECT_WORK = work
+        os.environ.pop("VQKERNELS_CUDA_SCREEN")
+        if before is not None:
+            os.environ["VQKERNELS_CUDA_SCREEN"] = before
 
 
 def run(device: torch.device, backend: str, most_rows: int = 3000) -> int:
@@ -68,6 +93,9 @@ def run(device: torch.device, backend: str, most_rows: int = 3000) -> int:
         x[..., ::3, :] = codes[:, torch.randint(k, (len(range(0, n, 3)),))][:, None]
         for metric in ("l2", "cosine", "dot"):
             same("nearest", x, codes, metric, "exact")
+        for name in SCREENS if backend == "native" else ():  # whatever the plan would choose for so few rows
+            with _screen(name):
+                same("nearest", x, codes, "l2", "exact")
         same("nearest", x.half(), codes.half(), "l2", "exact")
         same("nearest", x.bfloat16(), codes, "l2", "exact")
         for z in _layouts(x):

@@ -48,8 +48,8 @@ typedef struct vqk_cuda_search_plan {
   int32_t screen;           // vqk_screen
   int32_t splits;           // of the codes, over blocks
   int32_t multiprocessors;  // of the device
-  int32_t reserved;
-  int64_t chunk_rows;  // rows per head that are alive at a time
+  int32_t shared;           // bytes of shared memory that a block may have there, at least 99 KB
+  int64_t chunk_rows;       // rows per head that are alive at a time
 } vqk_cuda_search_plan;
 
 // at::parallel_for's exported C form (torch_parallel_for): int32 (begin, end, grain, body, context), 0 on success.
@@ -123,6 +123,11 @@ VQK_API int64_t vqk_cuda_nearest_workspace(const vqk_rows *x, const vqk_codes *c
 VQK_API int32_t vqk_cuda_nearest(const vqk_rows *x, const vqk_codes *codebook, int32_t metric, int32_t precision,
                                  const vqk_cuda_search_plan *plan, void *workspace, int64_t *indices, float *score,
                                  int32_t device, void *stream);
+// Sums of 128 packed rows and one packed tile of codes, (128, 128), for the self-test. copied: what arrived in shared memory, or
+// null; late: 1 if it did not (both VQK_SCREEN_SM90 only). bits, advance: other descriptors than the screen's; 0: its own.
+VQK_API int32_t vqk_cuda_nearest_products(int32_t screen, int32_t width, int32_t panels, const void *rows, const void *codes,
+                                          float *sums, void *copied, int32_t *late, uint64_t bits, int32_t advance,
+                                          int32_t device, void *stream);
 
 // residual_nearest on CUDA: `levels` codebooks. indices (Q, H, N), score (Q, H, N); values float32, any strides. Without a screen
 // one cooperative launch does it all, for at most 64 levels and 512 dims, and as many rows as can be resident.

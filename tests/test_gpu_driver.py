@@ -58,6 +58,25 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
     assert [o.status for o in gpu.run_steps(steps[:1], options(tmp_path), log, 0.0)] == ["OUT OF TIME"]
 
 
+@pytest.mark.parametrize(
+    ("code", "screen"),
+    [
+        ("print('every screen ...')", ""),
+        ("import sys; sys.exit('SCREENS FAILED: wgmma wrong')", ""),  # the library finds out by itself
+        ("import sys; sys.exit('SCREENS FAILED: wgmma crashed')", "mma"),
+        ("import sys; sys.exit('SCREENS FAILED: mma.sync crashed, wgmma crashed')", "float64"),
+        ("import time; time.sleep(60)", "mma"),
+    ],
+)
+def test_a_screen_that_hangs_or_crashes_spoils_one_step(code: str, screen: str, tmp_path: Path) -> None:
+    log = io.StringIO()
+    show = "import os; print('screen', os.environ.get('VQKERNELS_CUDA_SCREEN', ''))"
+    steps = [step("blocks", 2, "-c", code), step("smoke", 20, "-c", show)]
+    outcomes = gpu.run_steps(steps, options(tmp_path), log, 60.0)
+    assert outcomes[1].note == f"screen {screen}".strip()
+    assert (f"!!! {outcomes[0].note}: every step from here on" in log.getvalue()) == bool(screen)
+
+
 STAMP = {
     "device": {"name": "NVIDIA Test 9"},
     "versions": {"torch": "2"},
@@ -65,7 +84,7 @@ STAMP = {
     "date": "today",
     "sources": {"native": "feedfeedfeedfeed", "triton": tuned.triton_sources()},
 }
-GREEN = {"selftest": "ok", "smoke": "ok", "tests": "ok"}
+GREEN = {"blocks": "ok", "selftest": "ok", "smoke": "ok", "tests": "ok"}
 
 
 @pytest.fixture
@@ -97,6 +116,7 @@ def test_only_a_green_run_on_a_gpu_leaves_a_record(tmp_path: Path, shipped: Call
     assert "vqkernels/tuned/nvidia-test-9.json" in text
     for device, status in (
         ("cpu", {}), ("cuda", {"tests": "FAILED"}), ("cuda", {"selftest": "OUT OF TIME"}),
+        ("cuda", {"blocks": "FAILED"}),
         ("cuda", {"memcheck": "FAILED"}),
     ):  # fmt: skip
         text = verdict(tmp_path, device, **status)

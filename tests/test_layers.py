@@ -37,6 +37,7 @@ LAYERS = (
     ("backend",),
     ("vqkernels._cuda_residual",),
     ("vqkernels._cpu_nearest", "vqkernels._cuda_nearest"),
+    ("vqkernels._cuda_selftest",),
     ("vqkernels._cuda", "vqkernels._triton"),
     ("vqkernels._native", "vqkernels.tuned"),
 )

@@ -12,7 +12,7 @@ import functools
 import os
 import re
 from contextlib import AbstractContextManager
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class SearchPlan(Structure):
         ("screen", c_int32),
         ("splits", c_int32),
         ("multiprocessors", c_int32),
-        ("reserved", c_int32),
+        ("shared", c_int32),
         ("chunk_rows", c_int64),
     ]
 
@@ -81,6 +81,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "vqk_cuda_residual_nearest": (
         c_int32,
         [_rows, _codes, c_int32, POINTER(SearchPlan), c_void_p, _int64, _rows, _float, c_int32, c_void_p],
+    ),
+    "vqk_cuda_nearest_products": (
+        c_int32,
+        [c_int32] * 3 + [c_void_p] * 2 + [_float, c_void_p, POINTER(c_int32), c_uint64, c_int32, c_int32, c_void_p],
     ),
 }
 
@@ -186,6 +190,11 @@ def stream(tensor: Tensor) -> tuple[int, int | None]:
     if not tensor.is_cuda:
         return 0, None
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def int32_pointer(x: Tensor) -> Any:
+    """``x`` (contiguous int32) as a C pointer."""
+    return ctypes.cast(x.data_ptr(), POINTER(c_int32))
 
 
 def workspace(tensor: Tensor, size: int) -> Tensor:

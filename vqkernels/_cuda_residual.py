@@ -36,16 +36,27 @@ def plan(heads: int, rows: int, sizes: Sequence[int], dim: int, device: Device) 
         >>> plan(1, 48000, [1024] * 8, 128, Device((9, 0), 132)).screen
         2
     """
-    # Rows of a tile belong to one block at least, and all blocks must be resident.
-    fits = len(sizes) <= MOST_LEVELS and dim <= MOST_DIMS and heads * -(-rows // TILE_ROWS) <= device.multiprocessors
     work = DIRECT_WORK if device.capability in FLOAT64 else DIRECT_WORK // 32
+    fits = _fits(heads, rows, len(sizes), dim, device)
     return _cuda_nearest.plan(heads, rows, max(sizes), dim, device, work if fits else -1)
 
 
-def _plan(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Plan, Device]:
-    device = _cuda_nearest.device_of(x)
-    h, b, s, d = x.shape
-    return plan(h, b * s, [e.shape[1] for e in codebooks], d, device), device
+def _fits(heads: int, rows: int, levels: int, dim: int, device: Device) -> bool:
+    # Rows of a tile belong to one block at least, and all blocks must be resident.
+    tiles = heads * -(-rows // TILE_ROWS)
+    return levels <= MOST_LEVELS and dim <= MOST_DIMS and tiles <= device.multiprocessors
+
+
+def _plan(x: Tensor, codebooks: Sequence[Tensor], ask: bool) -> tuple[Plan | None, Device]:
+    """The plan, of screens that passed their self-test; ``None``: no one launch, and no screen that may be used."""
+    (h, b, s, d), device = x.shape, _cuda_nearest.device_of(x)
+
+    def planned(device: Device) -> Plan:
+        return plan(h, b * s, [e.shape[1] for e in codebooks], d, device)
+
+    chosen = _cuda_nearest.best_trusted(planned, x.device, device, b * s, d, ask)
+    fits = chosen.screen != DIRECT or _fits(h, b * s, len(codebooks), d, device)
+    return (chosen if fits else None), device
 
 
 def supports(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
@@ -60,21 +71,27 @@ def supports(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
 
 def describe(x: Tensor, codebooks: Sequence[Tensor]) -> str:
     """What :func:`vqkernels.explain` adds to "chosen"."""
-    chosen, _ = _plan(x, codebooks)
+    chosen, device = _plan(x, codebooks, ask=False)
+    if chosen is None:
+        return "float64, no screen, level by level"
+    (h, b, s, d), sizes = x.shape, [e.shape[1] for e in codebooks]
     how = "all levels in one launch" if chosen.screen == DIRECT else "codes of all levels packed together"
-    return f"{_cuda_nearest.summary(chosen)}, {how}"
+    return f"{_cuda_nearest.summary(chosen, plan(h, b * s, sizes, d, device).screen)}, {how}"
 
 
 def run(x: Tensor, codebooks: Sequence[Tensor], channel_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Queue the search of all levels on torch's current stream; the host does not wait."""
+    """Queue the search of all levels on torch's current stream; the host waits only for self-tests of new searches."""
     (h, b, s, d), levels = x.shape, len(codebooks)
     indices = torch.empty((levels, h, b, s), dtype=torch.int64, device=x.device)
     score = torch.empty((levels, h, b, s), dtype=torch.float32, device=x.device)
     values = torch.empty((h, b, d, s) if channel_first else (h, b, s, d), dtype=torch.float32, device=x.device)
     if indices.numel() == 0:
         return indices, values, score
-    chosen, device = _plan(x, codebooks)
-    how = _cuda.SearchPlan(chosen.screen, chosen.splits, device.multiprocessors, 0, chosen.chunk_rows)
+    chosen, device = _plan(x, codebooks, ask=True)
+    if chosen is None:
+        _level_by_level(x, codebooks, indices, values.transpose(2, 3) if channel_first else values, score)
+        return indices, values, score
+    how = _cuda.SearchPlan(chosen.screen, chosen.splits, device.multiprocessors, device.shared, chosen.chunk_rows)
     rows, out = _native.rows(x), _native.rows(values.transpose(2, 3) if channel_first else values)
     table = (_native.Codes * levels)(*map(_native.codes, codebooks))
     what, library = (ctypes.byref(rows), table, levels, ctypes.byref(how)), _cuda.lib()
@@ -94,3 +111,14 @@ def run(x: Tensor, codebooks: Sequence[Tensor], channel_first: bool) -> tuple[Te
             )
         )
     return indices, values, score
+
+
+def _level_by_level(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, values: Tensor, score: Tensor) -> None:
+    """The definition, on ``nearest`` as it runs here: what is left where no screen can be trusted."""
+    residual = x.float()
+    values.zero_()
+    for level, codebook in enumerate(codebooks):
+        indices[level], score[level] = _cuda_nearest.run(residual, codebook, "l2", "exact")
+        chosen = torch.stack([e[i] for e, i in zip(codebook.float(), indices[level], strict=True)])
+        residual = residual - chosen
+        values += chosen

@@ -186,25 +186,43 @@ int32_t by_blocks(const Call &call, int64_t block_rows, int64_t blocks) {
   return failed ? out_of_memory("residual_nearest") : VQK_OK;
 }
 
+// Calls visit(head, first row, count, place among the rows of all heads) for all rows, in as many pieces as are worth a thread.
+template <class F>
+void for_all_rows(const Call &call, const F &visit) {
+  const int64_t rows = call.rows();
+  parallel_for(0, call.heads() * rows, row_grain(call.dim()), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t first = begin % rows, count = std::min(end - begin, rows - first);
+      visit(begin / rows, first, count, begin);
+      begin += count;
+    }
+  });
+}
+
 template <class V>
 int32_t by_levels(const Call &call) {
-  const int64_t heads = call.heads(), rows = call.rows(), D = call.dim(), elements = heads * rows * D;
-  const auto memory = allocate<V>(2 * elements);
+  const int64_t rows = call.rows(), D = call.dim(), places = call.heads() * rows;
+  const auto memory = allocate<V>(2 * places * D);
   if (memory == nullptr) return out_of_memory("residual_nearest");
-  V *residual = memory.get(), *sum = residual + elements;
-  const vqk_rows left = compact(residual, heads, rows, D, call.dtype());
-  for (int64_t h = 0; h < heads; ++h) read_rows_of(call, h, 0, rows, residual + h * rows * D, sum + h * rows * D);
+  V *residual = memory.get(), *sum = residual + places * D;
+  const vqk_rows left = compact(residual, call.heads(), rows, D, call.dtype());
+  for_all_rows(call, [&](int64_t head, int64_t first, int64_t count, int64_t at) {
+    read_rows_of(call, head, first, count, residual + at * D, sum + at * D);
+  });
   for (int64_t level = 0; level < call.levels; ++level) {
     const vqk_codes *codebook = call.codebooks + level;
-    int64_t *indices = call.indices + level * heads * rows;
     const void *packed = call.packed == nullptr ? nullptr : call.packed[level];
-    if (const int32_t status =
-            vqk_cpu_nearest(&left, codebook, VQK_L2, VQK_EXACT, call.isa, packed, indices, call.score + level * heads * rows))
+    int64_t *indices = call.indices + level * places;
+    float *score = call.score + level * places;
+    if (const int32_t status = vqk_cpu_nearest(&left, codebook, VQK_L2, VQK_EXACT, call.isa, packed, indices, score))
       return status;
-    for (int64_t h = 0; h < heads; ++h)
-      take_codes_of(*codebook, h, indices + h * rows, rows, residual + h * rows * D, sum + h * rows * D);
+    for_all_rows(call, [&](int64_t head, int64_t, int64_t count, int64_t at) {
+      take_codes_of(*codebook, head, indices + at, count, residual + at * D, sum + at * D);
+    });
   }
-  for (int64_t h = 0; h < heads; ++h) write_rows(sum + h * rows * D, *call.out, h, 0, rows);
+  for_all_rows(call, [&](int64_t head, int64_t first, int64_t count, int64_t at) {
+    write_rows(sum + at * D, *call.out, head, first, count);
+  });
   return VQK_OK;
 }
 

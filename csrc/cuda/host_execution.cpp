@@ -20,10 +20,12 @@ thread_local Together *together = nullptr;
 
 namespace {
 int64_t count_of_launches = 0;
-}
+size_t shared_limit = 227 * 1024;
+}  // namespace
 
 void set_seed(uint64_t value) { seed = value; }
 int64_t launches() { return count_of_launches; }
+void set_shared_limit(size_t bytes) { shared_limit = bytes; }
 
 void error(const char *format, ...) {
   va_list arguments;
@@ -124,7 +126,7 @@ int32_t run(const char *what, dim3 grid, dim3 threads, size_t shared, bool coope
   ++count_of_launches;
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     return fail(VQK_INTERNAL, "%s: a grid of %u x %u x %u blocks", what, grid.x, grid.y, grid.z);
-  if (size == 0 || size > 1024 || threads.z > 64 || shared > 227 * 1024)
+  if (size == 0 || size > 1024 || threads.z > 64 || shared > shared_limit)
     return fail(VQK_INTERNAL, "%s: blocks of %u x %u x %u threads with %zu bytes", what, threads.x, threads.y, threads.z, shared);
   std::mt19937_64 random(seed);
   std::vector<uint64_t> order(blocks);

@@ -53,6 +53,8 @@ inline thread_local Ids ids;  // of the fibre that runs
 void set_seed(uint64_t seed);
 // How many kernels have been started.
 int64_t launches();
+// Bytes of shared memory that a block may have, 227 KB at first; launches that want more fail.
+void set_shared_limit(size_t bytes);
 
 // Stops this fibre and the launch, which returns VQK_INTERNAL with the message. Does not return.
 [[noreturn]] void error(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -167,6 +169,10 @@ struct Mbarrier {
   void complete(uint32_t bytes) { step(0, 0, bytes); }
   void wait(uint32_t parity) {
     while ((word & 1) == (parity & 1)) host::sleep(this, "Mbarrier::wait");
+  }
+  bool wait_briefly(uint32_t parity) {
+    wait(parity);
+    return true;
   }
 
  private:

@@ -19,12 +19,14 @@ int blocks_of(int64_t a, int64_t b) { return static_cast<int>(ceil_div(a, b)); }
 Layout layout_of(int dim, int kernel) {
   const bool split = dim <= split_dims;
   const int dims = split ? 3 * dim : dim;
-  if (dims <= 16) return {16, 1, split};
-  if (dims <= 32) return {32, 1, split};
-  if (dims > 64 && dims <= 96) return {32, 3, split};
+  if (dims <= 32) {
+    const int width = dims <= 16 ? 16 : 32;
+    return {width, 1, split, dims + bias_dims <= width};
+  }
+  if (dims > 64 && dims <= 96) return {32, 3, split, false};
   const int panels = blocks_of(dims, 64);
-  if (kernel == VQK_SCREEN_SM90 && panels > 4) return {64, panels <= 6 ? 6 : 8, split};
-  return {64, panels, split};
+  if (kernel == VQK_SCREEN_SM90 && panels > 4) return {64, panels <= 6 ? 6 : 8, split, false};
+  return {64, panels, split, false};
 }
 
 }  // namespace
@@ -37,11 +39,10 @@ int32_t check(const vqk_rows *x, const vqk_codes *e, int32_t metric, const vqk_c
   if (e->size[1] >= most_rows || x->size[0] > 65535 || e->size[2] > (1 << 20) ||
       x->size[1] * x->size[2] * x->size[0] > INT64_MAX / 64)
     return fail(VQK_UNSUPPORTED, "nearest: sizes beyond 32-bit ids");
-  const int64_t heads = x->size[0], rows = x->size[1] * x->size[2];
-  if (plan->screen < VQK_SCREEN_NONE || plan->screen > VQK_SCREEN_SM90 || plan->multiprocessors < 1 || plan->splits < 1)
+  const int64_t heads = x->size[0];
+  if (plan->screen < VQK_SCREEN_NONE || plan->screen > VQK_SCREEN_SM90 || plan->multiprocessors < 1 || plan->splits < 1 ||
+      plan->shared < 99 * 1024)
     return fail(VQK_INVALID, "nearest: no such plan");
-  if (plan->screen == VQK_SCREEN_NONE && heads * rows > most_sliced)
-    return fail(VQK_INVALID, "nearest: %d rows at most without a screen", most_sliced);
   if (plan->screen != VQK_SCREEN_NONE && (plan->chunk_rows < 1 || plan->chunk_rows * heads >= most_rows))
     return fail(VQK_INVALID, "nearest: chunks of %lld rows", static_cast<long long>(plan->chunk_rows));
   if (plan->screen == VQK_SCREEN_SM90 && e->size[2] > 512)
@@ -66,6 +67,7 @@ void prepare(const vqk_rows *x, const vqk_codes *e, int32_t metric, int32_t prec
     s->direct = 1;
     const int64_t rows = std::max<int64_t>(1, s->heads * s->num_rows);
     s->slices = std::max<int>(1, std::min<int>(blocks_of(s->num_codes, 32), blocks_of(4 * plan->multiprocessors, rows)));
+    if (rows > most_sliced) s->slices = 1;
     return;
   }
   const bool hopper = plan->screen == VQK_SCREEN_SM90;
@@ -150,35 +152,41 @@ struct Run {
 };
 
 template <int width, int resident, int span>
-void run_screen80(Run &run, const Search &s) {
+void run_screen80(Run &run, const Search &s, size_t limit) {
+  if constexpr (resident > 1 && width == 64)
+    if (sizeof(Shared80<width, resident>) > limit) return run_screen80<width, 0, span>(run, s, limit);
   run("nearest: screen (sm_80)", screen80<width, resident, span>,
       static_cast<int64_t>(blocks_of(s.rows, block_rows80)) * s.splits, s.heads, threads80, sizeof(Shared80<width, resident>), s);
 }
 
-void screen_by_warps(Run &run, const Search &s) {
+void screen_by_warps(Run &run, const Search &s, size_t limit) {
   switch (s.layout.width * s.layout.panels) {
-    case 16: return run_screen80<16, 1, 16>(run, s);
-    case 32: return run_screen80<32, 1, 16>(run, s);
-    case 64: return run_screen80<64, 1, 8>(run, s);
-    case 96: return run_screen80<32, 3, 8>(run, s);
-    case 128: return run_screen80<64, 2, 8>(run, s);
-    case 192: return run_screen80<64, 3, 8>(run, s);
-    case 256: return run_screen80<64, 4, 8>(run, s);
-    default: return run_screen80<64, 0, 8>(run, s);
+    case 16: return run_screen80<16, 1, 16>(run, s, limit);
+    case 32: return run_screen80<32, 1, 16>(run, s, limit);
+    case 64: return run_screen80<64, 1, 8>(run, s, limit);
+    case 96: return run_screen80<32, 3, 8>(run, s, limit);
+    case 128: return run_screen80<64, 2, 8>(run, s, limit);
+    case 192: return run_screen80<64, 3, 8>(run, s, limit);
+    case 256: return run_screen80<64, 4, 8>(run, s, limit);
+    default: return run_screen80<64, 0, 8>(run, s, limit);
   }
 }
 
-template <int width, int panels, int halves, int span>
+template <int width, int panels, int halves, int span, bool folded = false>
 void run_screen90(Run &run, const Search &s, int multiprocessors) {
   const int64_t items = static_cast<int64_t>(blocks_of(s.rows, 128 * halves)) * s.splits * s.heads;
-  run("nearest: screen (sm_90a)", screen90<width, panels, halves, span>, std::min<int64_t>(items, multiprocessors), 1, threads90,
-      sizeof(Shared90<width, panels, halves>), s);
+  run("nearest: screen (sm_90a)", screen90<width, panels, halves, span, folded>, std::min<int64_t>(items, multiprocessors), 1,
+      threads90, sizeof(Shared90<width, panels, halves>), s);
 }
 
 void screen_by_groups(Run &run, const Search &s, int multiprocessors) {
   switch (s.layout.width * s.layout.panels) {
-    case 16: return run_screen90<16, 1, 2, 32>(run, s, multiprocessors);
-    case 32: return run_screen90<32, 1, 2, 32>(run, s, multiprocessors);
+    case 16:
+      return s.layout.folded ? run_screen90<16, 1, 2, 32, true>(run, s, multiprocessors)
+                             : run_screen90<16, 1, 2, 32>(run, s, multiprocessors);
+    case 32:
+      return s.layout.folded ? run_screen90<32, 1, 2, 32, true>(run, s, multiprocessors)
+                             : run_screen90<32, 1, 2, 32>(run, s, multiprocessors);
     case 64: return run_screen90<64, 1, 2, 8>(run, s, multiprocessors);
     case 96: return run_screen90<32, 3, 2, 8>(run, s, multiprocessors);
     case 128: return run_screen90<64, 2, 2, 8>(run, s, multiprocessors);
@@ -205,7 +213,7 @@ void search_chunk(Run &run, Search s, const vqk_cuda_search_plan *plan) {
   if (plan->screen == VQK_SCREEN_SM90)
     screen_by_groups(run, s, plan->multiprocessors);
   else
-    screen_by_warps(run, s);
+    screen_by_warps(run, s, static_cast<size_t>(plan->shared));
   run("nearest: collect", collect, blocks_of(s.rows, merge_rows), s.heads, merge_rows * 32, 0, s);
   if (s.layout.width == 16)
     run_collect_wide<16>(run, s, plan->multiprocessors);
@@ -223,7 +231,7 @@ int32_t pack(const Search &s, void *stream) {
   Run run{stream};
   run("nearest: centre", pack_centre, blocks_of(s.dim, 32), s.heads, 256, sizeof(CentreShared), s);
   run("nearest: code sizes", pack_stats, blocks_of(s.num_codes, 32), s.heads, 256, 0, s);
-  run("nearest: pack codes", pack_codes, s.tiles, s.heads, 256, sizeof(CodesShared), s);
+  run("nearest: pack codes", pack_codes, s.tiles, s.heads, pack_threads, sizeof(CodesShared), s);
   return run.status;
 }
 

@@ -1,8 +1,9 @@
 // The search on CUDA: its parameters, the layout of packed operands, and how a launch is described. Kernels are in
-// nearest_*.cuh, nearest.cu launches them; docs/cuda.md tells the whole story.
+// nearest_*.cuh, nearest.cu launches them; docs/cuda_nearest.md tells the whole story.
 //
 // Screen units: a row is a = 2^p (x - c), a code b = 2^q (e - c) (c: a mean code for "l2", else 0; "cosine": b = 2^14 e / |e|),
-// both float16; the score to maximise is t = a.b - f |b|^2 / 2 with f = 2^(p-q) ("l2"), or a.b.
+// both float16; the score to maximise is t = a.b - f |b|^2 / 2 with f = 2^(p-q) ("l2"), or a.b. Where the padded contraction has
+// three dims to spare, "folded", they hold the bias: f 2^18 on the row's side, 2^-18 |b|^2 / 2 in three float16 on the code's.
 #ifndef VQK_CUDA_NEAREST_H
 #define VQK_CUDA_NEAREST_H
 
@@ -11,20 +12,22 @@
 namespace vqk {
 namespace nearest {
 
-constexpr int tile_codes = 128;      // codes of one tile
-constexpr int row_block = 64;        // rows of one packed block: what one wgmma multiplies
-constexpr int padded_rows = 256;     // chunks are padded to this many rows
-constexpr int capacity = 16;         // candidates that a row can list; more, and it is scanned in float64
-constexpr int split_dims = 10;       // up to so many dims, operands are kept in two parts side by side
+constexpr int tile_codes = 128;   // codes of one tile
+constexpr int row_block = 64;     // rows of one packed block: what one wgmma multiplies
+constexpr int padded_rows = 256;  // chunks are padded to this many rows
+constexpr int capacity = 16;      // candidates that a row can list; more, and it is scanned in float64
+constexpr int split_dims = 10;    // up to so many dims, operands are kept in two parts side by side
+constexpr int bias_dims = 3, bias_exponent = 18;
 constexpr int trailer_bytes = 1024;  // after the panels of a tile: 128 biases, then the bounds (reach, spread, offset)
-constexpr int centre_codes = 1024;   // codes whose mean is the centre: any centre is right, a mean makes numbers small
+constexpr int trailer_copied = 16 * (tile_codes / 4 + 1);  // of which so many bytes are read
+constexpr int centre_codes = 1024;  // codes whose mean is the centre: any centre is right, a mean makes numbers small
 
 enum Counter { head_counters = 2 };  // per head: wide rows; of all heads: rows to scan (at [heads])
 
 // How operands lie in memory: panels of `width` dims (pitch 2 width bytes, swizzled), `panels` of them, the rest zeros.
 struct Layout {
   int width, panels;
-  bool split;
+  bool split, folded;
 };
 
 struct Search {

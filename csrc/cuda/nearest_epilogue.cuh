@@ -17,9 +17,10 @@ struct Best {
 };
 VQK_DEVICE Best nothing_yet() { return {-INFINITY, -INFINITY, -INFINITY, 0}; }
 
-// `count` groups of `span` scores t[i] = acc[4 (i / 2) + i % 2] + f bias[i]; the first one is of code 8 `group`.
-template <int count, int span>
-VQK_DEVICE void keep_best(Best &best, const float *acc, const float (&bias)[count * span], float f, float eps, int group) {
+// `count` groups of `span` scores t[i] = acc[4 (i / 2) + i % 2] + f bias[i], or without the bias where the sums have it
+// (`folded`); the first one is of code 8 `group`.
+template <int count, int span, bool folded, int biases>
+VQK_DEVICE void keep_best(Best &best, const float *acc, const float (&bias)[biases], float f, float eps, int group) {
   float most = 0;
 #pragma unroll
   for (int g = 0; g < count; ++g) {
@@ -27,7 +28,8 @@ VQK_DEVICE void keep_best(Best &best, const float *acc, const float (&bias)[coun
 #pragma unroll
     for (int i = 0; i < span; ++i) {
       const int at = g * span + i;
-      const float score = __fmaf_rn(f, bias[at], acc[at / 2 * 4 + at % 2]);
+      float score = acc[at / 2 * 4 + at % 2];
+      if constexpr (!folded) score = __fmaf_rn(f, bias[at], score);
       t[i % 4] = i < 4 ? score : fmaxf(t[i % 4], score);
     }
     const float group_most = fmaxf(fmaxf(t[0], t[1]), fmaxf(t[2], t[3]));

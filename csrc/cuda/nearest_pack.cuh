@@ -101,11 +101,19 @@ __global__ void __launch_bounds__(256) pack_stats(const Search s) {
   }
 }
 
+// Dims of the operands that hold the bias, from `first_bias` on.
+VQK_DEVICE int first_bias(const Search &s) { return s.layout.split ? 3 * s.dim : s.dim; }
+VQK_DEVICE bool is_bias(const Search &s, int j) {
+  return s.layout.folded && static_cast<uint32_t>(j - first_bias(s)) < static_cast<uint32_t>(bias_dims);
+}
+
+constexpr int pack_threads = 512;  // a warp packs one code after the other, and 16384 codes are 128 tiles only
 struct CodesShared {
-  float bounds[8][3];
+  float bounds[pack_threads / 32][3];
 };
-// One tile of codes: operands, biases -|b|^2 / 2, and the tile's largest (reach, spread, offset). Grid: (tiles, heads).
-__global__ void __launch_bounds__(256) pack_codes(const Search s) {
+// One tile of codes: operands, biases -|b|^2 / 2 (in the operands or behind them), and the tile's largest (reach, spread,
+// offset). Grid: (tiles, heads).
+__global__ void __launch_bounds__(pack_threads) pack_codes(const Search s) {
   CodesShared &shared = shared_memory<CodesShared>();
   const int head = static_cast<int>(blockIdx.y), tile = static_cast<int>(blockIdx.x);
   const int width = s.layout.width, pitch = 2 * width, dims = width * s.layout.panels;
@@ -117,7 +125,7 @@ __global__ void __launch_bounds__(256) pack_codes(const Search s) {
   const float floor = 0x1p-124f * static_cast<float>(s.dim + 32);   // squares that underflow
   const float decision = 0x1p-49f * static_cast<float>(s.dim + 4);  // rounding of the float64 decision
   float most_reach = 0, most_spread = 0, most_offset = 0;
-  for (int i = warp(); i < tile_codes; i += 8) {
+  for (int i = warp(); i < tile_codes; i += pack_threads / 32) {
     const int code = tile * tile_codes + i;
     const int64_t at = static_cast<int64_t>(head) * s.num_codes + code;
     const bool usable = code < s.num_codes && s.largest[at] >= 0;
@@ -126,6 +134,7 @@ __global__ void __launch_bounds__(256) pack_codes(const Search s) {
     if (s.metric == VQK_COSINE && usable && s.norms[at] > 0) inverse = 16384.0 / s.norms[at];
     float square = 0, error = 0;
     for (int j = lane(); j < dims; j += 32) {
+      if (is_bias(s, j)) continue;
       const int part = s.layout.split ? j / s.dim : 0, d = j - part * s.dim;
       float value = 0;
       if (usable && part < 3 && d < s.dim) {
@@ -153,11 +162,19 @@ __global__ void __launch_bounds__(256) pack_codes(const Search s) {
     // 2^-22 |b|: rounding of e - c and of the conversion to float32.
     const float residual = sqrtf(error * (1 + sums) + floor) * 1.000004f + 0x1p-22f * reach;
     const float half = s.metric == VQK_L2 ? square / 2 : 0.0f;
+    if (s.layout.folded && lane() < bias_dims) {
+      // Its 24 bits in three times 11; below 29 * 2^11, float16's range. A code that cannot win is minus infinity.
+      float rest = half * power(-bias_exponent);
+      for (int k = 0; k < lane(); ++k) rest -= half_to_float(float_to_half(rest));
+      const float part = usable ? -rest : lane() == 0 ? -INFINITY : 0.0f;
+      *reinterpret_cast<uint16_t *>(out + swizzled(column_of_code(i), 2 * (first_bias(s) + lane()), pitch)) = float_to_half(part);
+    }
     float spread = s.keep * residual + (s.accumulation + decision) * (reach + residual) * 1.02f + 0x1p-21f * reach;
     // x2.e2 is left out: |x2| <= 2^-11 |x|, |e2| <= 2^-11 |e|, plus float16's subnormal steps.
     if (s.layout.split) spread += 0x1p-21f * reach + 0x1p-30f;
-    const float offset = half * (s.accumulation + sums + 0x1p-21f + decision) + 0x1p-100f;
-    if (lane() == 0) trailer[i] = usable ? -half : -INFINITY;
+    // Products that fold the bias in add up to (1 + 2^-10) of it; 2^-25 of their unit, 2^18, is lost to subnormal float16.
+    const float offset = half * (s.accumulation * 1.002f + sums + 0x1p-21f + decision) + (s.layout.folded ? 0x1p-7f : 0x1p-100f);
+    if (lane() == 0) trailer[i] = !usable ? -INFINITY : s.layout.folded ? 0.0f : -half;
     if (usable) {
       most_reach = fmaxf(most_reach, reach);
       most_spread = fmaxf(most_spread, spread);
@@ -172,7 +189,7 @@ __global__ void __launch_bounds__(256) pack_codes(const Search s) {
   __syncthreads();
   if (threadIdx.x < 3) {
     float most = 0;
-    for (int i = 0; i < 8; ++i) most = fmaxf(most, shared.bounds[i][threadIdx.x]);
+    for (int i = 0; i < pack_threads / 32; ++i) most = fmaxf(most, shared.bounds[i][threadIdx.x]);
     trailer[tile_codes + static_cast<int>(threadIdx.x)] = most * 1.000008f;  // bound() rounds as it likes
   }
 }
@@ -180,6 +197,7 @@ __global__ void __launch_bounds__(256) pack_codes(const Search s) {
 constexpr int rows_per_block = 32;
 struct RowsShared {
   float value[rows_per_block][65];
+  int64_t start[rows_per_block];
 };
 
 // Of a level of a residual search: one value less that of the row's code, or, `again`, what became of it. By the same thread.
@@ -200,7 +218,7 @@ VQK_DEVICE void load_rows(const Search &s, RowsShared &shared, int head, int fir
     float value = 0;
     if (first + r < s.rows && d < s.dim) {
       const int64_t n = s.first_row + first + r;
-      if (s.residual == nullptr || !again) value = load_float(s.x, s.x_dtype, row_start(s, head, n) + d * s.x_dim);
+      if (s.residual == nullptr || !again) value = load_float(s.x, s.x_dtype, shared.start[r] + d * s.x_dim);
       if (s.residual != nullptr) value = next_residual(s, head, n, d, value, again);
       value -= centre[d];
     }
@@ -209,13 +227,17 @@ VQK_DEVICE void load_rows(const Search &s, RowsShared &shared, int head, int fir
 }
 
 // Rows of a chunk: operands, and per row f, |a|, |a - a^|, an offset, a state. Grid: (32 rows each, heads).
-__global__ void __launch_bounds__(256) pack_rows(const Search s) {
+__global__ void __launch_bounds__(256, 3) pack_rows(const Search s) {
   RowsShared &shared = shared_memory<RowsShared>();
   const int head = static_cast<int>(blockIdx.y), first = static_cast<int>(blockIdx.x) * rows_per_block;
   if (first == 0 && threadIdx.x == 0) {
     s.counters[head] = 0;
     if (head == 0) s.counters[s.heads] = 0;
   }
+  // Once per row: 64-bit divisions are subroutines.
+  if (threadIdx.x < rows_per_block)
+    shared.start[threadIdx.x] = row_start(s, head, s.first_row + first + static_cast<int>(threadIdx.x));
+  __syncthreads();
   float most[4] = {0, 0, 0, 0};
   bool nan[4] = {false, false, false, false}, wild[4] = {false, false, false, false};
   for (int first_dim = 0; first_dim < s.dim; first_dim += 64) {
@@ -243,8 +265,8 @@ __global__ void __launch_bounds__(256) pack_rows(const Search s) {
     // The exponent of the largest code is 14 - q: a row that dwarfs every code has no usable f.
     bool unsafe = bad || all_scanned || (most[i] > 0 && order < -100);
     if (s.metric == VQK_L2) {
-      unsafe |= order - (14 - q) > 60;
-      p = min(p, q + 40);
+      unsafe |= order - (14 - q) > (s.layout.folded ? 42 : 60);  // folded: f 2^18 must be a float16, 2^-24 to 2^15
+      p = min(p, s.layout.folded ? q + 15 - bias_exponent : q + 40);
     }
     unsafe |= hopeless;
     p = unsafe ? 0 : min(max(p, -120), 120);
@@ -265,6 +287,11 @@ __global__ void __launch_bounds__(256) pack_rows(const Search s) {
       unsigned char *out =
           s.packed + (static_cast<int64_t>(head) * (s.rows_padded / row_block) + row / row_block) * block_bytes(s);
       for (int j = first_dim + lane(); j < min(first_dim + 64, dims); j += 32) {
+        if (is_bias(s, j)) {
+          const float factor = state[i] == row_searched && s.metric == VQK_L2 ? f[i] * power(bias_exponent) : 1.0f;
+          *reinterpret_cast<uint16_t *>(out + swizzled(row % row_block, 2 * j, pitch)) = float_to_half(factor);
+          continue;
+        }
         const int part = s.layout.split ? j / s.dim : 0, d = j - part * s.dim;
         float value = 0;
         if (state[i] == row_searched && part < 3 && d < s.dim) value = shared.value[warp() * 4 + i][d % 64] * scale[i];

@@ -13,16 +13,20 @@ namespace nearest {
 
 constexpr int block_rows80 = 128, stages80 = 4, threads80 = 256;
 
-// `resident` panels of rows stay; 0: they stream.
+// `resident` panels of rows stay; 0: they stream, which fits into the 99 KB that a block has on sm_86, sm_89 and sm_120.
 template <int width, int resident>
 struct Shared80 {
   static constexpr int pitch = 2 * width, rows_bytes = block_rows80 * pitch, codes_bytes = tile_codes * pitch;
+  static constexpr int none = 16;  // bytes where there is no array
   struct Stage {
-    unsigned char codes[codes_bytes], trailer[trailer_bytes], rows[resident > 0 ? 1024 : rows_bytes];
+    unsigned char codes[codes_bytes], trailer[trailer_copied], rows[resident > 0 ? none : rows_bytes];
   };
   Stage stage[resident > 0 || width < 64 ? stages80 : 3];
-  unsigned char rows[resident > 0 ? resident * rows_bytes : 1024];
+  unsigned char rows[resident > 0 ? resident * rows_bytes : none];
 };
+static_assert(sizeof(Shared80<64, 0>) <= 99 * 1024 && sizeof(Shared80<64, 1>) <= 99 * 1024 &&
+                  sizeof(Shared80<32, 3>) <= 99 * 1024,
+              "nearest.cu asks for the limit of larger ones only");
 
 // Streams tiles [begin, end) past the rows and hands each tile's sums to `epilogue(tile, sums, trailer)`.
 // `row_at(r, panel, chunk)`: where 16 bytes of row r lie, or null.
@@ -46,7 +50,7 @@ VQK_DEVICE void stream_tiles(const Search &s, int head, int begin, int end, cons
       const int panel = step % panels;
       const unsigned char *from = tile_start(s, head, begin + step / panels) + panel * Shared::codes_bytes;
       // After the last panel comes the tile's trailer.
-      const int bytes = Shared::codes_bytes + (panel == panels - 1 ? 16 * (tile_codes / 4 + 1) : 0);
+      const int bytes = Shared::codes_bytes + (panel == panels - 1 ? trailer_copied : 0);
       for (int i = 16 * thread; i < bytes; i += 16 * threads80)
         copy_async<16>(i < Shared::codes_bytes ? stage.codes + i : stage.trailer + (i - Shared::codes_bytes), from + i);
       if (resident == 0) load_rows(stage.rows, panel);
@@ -116,8 +120,8 @@ __global__ void __launch_bounds__(threads80, 1) screen80(const Search s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int m = i / 2, h = i % 2;
-          keep_best<16 / span, span>(best[m][h], &sums[m][0][2 * h], bias, row[m][h].f, bound(row[m][h], trailer + tile_codes),
-                                     (tile * tile_codes + code_of80()) / 8);
+          keep_best<16 / span, span, false>(best[m][h], &sums[m][0][2 * h], bias, row[m][h].f,
+                                            bound(row[m][h], trailer + tile_codes), (tile * tile_codes + code_of80()) / 8);
         }
       });
 #pragma unroll

@@ -56,8 +56,8 @@ VQK_DEVICE void produce(const Search &s, Shared90<width, panels, halves> &shared
       const unsigned char *from = tile_start(s, item.head, tile);
       const int slot = tiles % trailers90;
       if (tiles >= trailers90) shared.trailer_empty[slot].wait((tiles / trailers90 - 1) % 2);
-      shared.trailer_full[slot].arrive_expect(16 * (tile_codes / 4 + 1));
-      bulk_copy(shared.trailer[slot], from + panels * Shared::codes_bytes, 16 * (tile_codes / 4 + 1), shared.trailer_full[slot]);
+      shared.trailer_full[slot].arrive_expect(trailer_copied);
+      bulk_copy(shared.trailer[slot], from + panels * Shared::codes_bytes, trailer_copied, shared.trailer_full[slot]);
       for (int panel = 0; panel < panels; ++panel, ++step) {
         const int stage = step % Shared::stages;
         if (step >= Shared::stages) shared.codes_empty[stage].wait((step / Shared::stages - 1) % 2);
@@ -68,13 +68,14 @@ VQK_DEVICE void produce(const Search &s, Shared90<width, panels, halves> &shared
   }
 }
 
-// What a thread needs of a tile besides the products: the biases of its codes, and the bounds.
+// What a thread needs of a tile besides the products: the biases of its codes (where the sums don't have them), and the bounds.
+template <bool folded>
 struct Trailer {
-  float bias[32], bounds[3];
+  float bias[folded ? 1 : 32], bounds[3];
 };
 
 // One warp group. `Consumer` holds what outlives a phase; sums are passed by name, because registers have no index.
-template <int width, int panels, int halves, int span>
+template <int width, int panels, int halves, int span, bool folded>
 struct Consumer {
   using Shared = Shared90<width, panels, halves>;
   const Search &s;
@@ -134,24 +135,26 @@ struct Consumer {
   }
 
   template <int half>
-  __device__ __forceinline__ void finish(float (&sums)[64], Trailer &trailer, uint32_t p) {
+  __device__ __forceinline__ void finish(float (&sums)[64], Trailer<folded> &trailer, uint32_t p) {
     vqk::pin(sums);
     const uint32_t tile = p / halves, slot = (tiles + tile) % trailers90;
     const int code = lane() % 4 * 32;
     if (half == 0) {  // the other half of the rows meets the same codes
       shared.trailer_full[slot].wait((tiles + tile) / trailers90 % 2);
       const float *from = reinterpret_cast<const float *>(shared.trailer[slot]);
-      load_bias(trailer.bias, from + code);
+      if constexpr (!folded) load_bias(trailer.bias, from + code);
 #pragma unroll
       for (int i = 0; i < 3; ++i) trailer.bounds[i] = from[tile_codes + i];
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      keep_best<32 / span, span>(best[half][h], sums + 2 * h, trailer.bias, row[half][h].f, bound(row[half][h], trailer.bounds),
-                                 (first_tile + static_cast<int>(tile)) * (tile_codes / 8) + code / 8);
+      keep_best<32 / span, span, folded>(best[half][h], sums + 2 * h, trailer.bias, row[half][h].f,
+                                         bound(row[half][h], trailer.bounds),
+                                         (first_tile + static_cast<int>(tile)) * (tile_codes / 8) + code / 8);
 #pragma unroll
     for (int h = 0; h < 2; ++h) pin(best[half][h]);
     if (half == 0) {
+      fence_async_proxy();  // these were ordinary loads; what comes next is a copy by the async proxy
       __syncwarp();
       release(shared.trailer_empty[slot]);
     }
@@ -160,7 +163,7 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     constexpr int other = halves - 1;  // the half of odd phases
     float even[64], odd[64];
-    Trailer trailer;
+    Trailer<folded> trailer;
     int round = 0;
     for (int i = static_cast<int>(blockIdx.x); i < item_count<halves>(s); i += static_cast<int>(gridDim.x), ++round) {
       const Item item = item_at<halves>(s, i);
@@ -200,7 +203,7 @@ struct Consumer {
 };
 
 // Grid: persistent, at most one block per multiprocessor.
-template <int width, int panels, int halves, int span>
+template <int width, int panels, int halves, int span, bool folded>
 __global__ void __launch_bounds__(threads90, 1) screen90(const Search s) {
 #if defined(__CUDACC__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __trap();  // never launched there
@@ -231,7 +234,7 @@ __global__ void __launch_bounds__(threads90, 1) screen90(const Search s) {
     // widths it would spill registers.
     constexpr bool spills = width * panels == 192 || width * panels > 256;
     const int own = warp() / 4 - 1, group = spills ? own : __shfl_sync(~0u, own, 0);
-    Consumer<width, panels, halves, span> consumer{s, shared, group, 0, 0, 0, {}, {}};
+    Consumer<width, panels, halves, span, folded> consumer{s, shared, group, 0, 0, 0, {}, {}};
     consumer.run();
   }
 #endif

@@ -188,6 +188,18 @@ struct Mbarrier {
     __trap();
 #endif
   }
+  // The same, but false after some tenths of a second in vain: for tests.
+  __device__ __forceinline__ bool wait_briefly(uint32_t parity) {
+    uint32_t done = 0;
+#if __CUDA_ARCH__ >= 900
+    for (int i = 0; i < 1 << 20 && done == 0; ++i)
+      asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, 100;\n selp.u32 %0, 1, 0, p;\n}"
+                   : "=r"(done)
+                   : "r"(shared_address(&word)), "r"(parity)
+                   : "memory");
+#endif
+    return done != 0;
+  }
 };
 
 // After Mbarrier::init, before the barrier that lets other threads and copies use it.
@@ -196,7 +208,7 @@ VQK_DEVICE void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-// Between ordinary writes of shared memory and a copy or matrix product that reads them by the async proxy.
+// Between ordinary accesses of shared memory and a bulk copy or matrix product of the same bytes: those go by the async proxy.
 VQK_DEVICE void fence_async_proxy() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -25,8 +25,9 @@ int32_t vqk_cuda_device_status(int32_t device) {
 
 int32_t vqk_cuda_host_executed(void) { return 1; }
 int32_t vqk_cuda_device_status(int32_t) { return VQK_OK; }
-// The tests' own: another order of execution, and a count (host_execution.h). Not part of the C ABI.
+// The tests' own: another order of execution, another GPU's shared memory, a count (host_execution.h). Not part of the C ABI.
 VQK_API void vqk_cuda_host_seed(uint64_t seed) { vqk::host::set_seed(seed); }
 VQK_API int64_t vqk_cuda_host_launches(void) { return vqk::host::launches(); }
+VQK_API void vqk_cuda_host_shared(uint64_t bytes) { vqk::host::set_shared_limit(bytes); }
 
 #endif

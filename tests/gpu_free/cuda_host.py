@@ -71,6 +71,15 @@ def launches() -> int:
     return int(function())
 
 
+def set_shared(size: int) -> None:
+    """Choose how much shared memory a block of the hosted kernels may have."""
+    import ctypes
+
+    function = _cuda.lib().vqk_cuda_host_shared
+    function.restype, function.argtypes = None, [ctypes.c_uint64]
+    function(size)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What one kernel takes on one architecture."""

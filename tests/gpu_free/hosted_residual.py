@@ -135,15 +135,18 @@ def test_more_levels_than_a_table_holds(monkeypatch: pytest.MonkeyPatch) -> None
     force(monkeypatch, SM80)
     check(*case((1, 1, 3, 2, (5,) * levels)))
     force(monkeypatch, DIRECT)
-    with pytest.raises(ValueError, match="66 levels of 2 dims without a screen, at most 64 of 512"):
-        check(*case((1, 1, 3, 2, (5,) * levels)))
+    check(*case((1, 1, 3, 2, (5,) * levels)))
     check(*case((1, 1, 2, 2, (5,) * 64)))
 
 
-def test_more_tiles_of_rows_than_blocks_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    force(monkeypatch, DIRECT, processors=1)
-    with pytest.raises(RuntimeError, match="3 tiles of rows, 2 blocks fit"):
-        check(*case((1, 1, 40, 2, (5, 5))))
+def test_without_a_screen_rows_that_do_not_fit_go_level_by_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VQKERNELS_CUDA_SCREEN", "float64")
+    monkeypatch.setattr(_cuda_nearest, "HOSTED", Device((9, 0), 2))
+    monkeypatch.setattr(_cuda_residual, "DIRECT_WORK", 100)
+    for rows, how in ((30, "in one launch"), (40, "level by level")):
+        x, codebooks = case((1, 1, rows, 3, (20, 5)))
+        assert how in _cuda_residual.describe(x, codebooks)
+        check(x, codebooks)
 
 
 def test_long_rows_in_one_launch_and_longer_ones_by_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_the_bits_of_the_ops_called_level_by_level(
 
 
 # Rows per thread decide how the native library goes through them: directly, level by level, or in blocks.
-ROWS = [(1, 1, 1), (2, 3, 3), (1, 67, 1), (2, 2, 301)]
+ROWS = [(1, 1, 1), (2, 3, 3), (1, 67, 1), (2, 2, 301), (3, 1, 1)]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -76,6 +76,21 @@ def test_every_instruction_set_and_order(isa: str, h: int, b: int, s: int, threa
             assert indices.equal(expected[0])
             assert (values.transpose(2, 3) if first else values).equal(expected[1])
             assert score.equal(expected[2])
+
+
+@pytest.mark.parametrize(("h", "s", "d"), [(1, 190, 300), (3, 70, 257)])
+def test_more_threads_than_blocks_of_rows(backend: str, h: int, s: int, d: int) -> None:
+    x, codebooks = case(h, 2, s // 2, d, (70, 90), torch.float32)
+    expected = composed(x, codebooks)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        indices, values, score = residual_nearest(x, codebooks, True, backend)
+    finally:
+        torch.set_num_threads(before)
+    assert indices.equal(expected[0])
+    assert values.transpose(2, 3).equal(expected[1])
+    assert score.equal(expected[2])
 
 
 @pytest.mark.parametrize("dim", [1, 2, 8, 9, 64])
