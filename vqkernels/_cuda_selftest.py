@@ -105,7 +105,7 @@ def products(
         _cuda.check(
             library.vqk_cuda_nearest_products(
                 screen, width, a.shape[1] // width, there[0].data_ptr(), there[1].data_ptr(),
-                _native.float_pointer(sums), copied.data_ptr() if copies else None, _cuda.int32_pointer(late),
+                sums.data_ptr(), copied.data_ptr() if copies else None, _cuda.int32_pointer(late),
                 bits, advance, *_cuda.stream(sums),
             )
         )  # fmt: skip
