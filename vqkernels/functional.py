@@ -237,14 +237,17 @@ def quantize_rows(
     gradient: str,
     mask: Tensor | None = None,
     search: tuple[Tensor, Tensor] | None = None,
+    live: Tensor | None = None,
     chosen: Tensor | None = None,
 ) -> Quantized:
     """:func:`vector_quantize` on the canonical shapes (H, B, S, D), (H, K, D) and mask (H, B, S), unchecked.
 
     ``search`` are the rows and codes to compare if they are not ``z`` and ``codebook`` themselves (the cosine module
-    compares what it was given and quantizes unit vectors); ``chosen`` (H, B, S) skips the search, and the score is 0.
+    compares what it was given and quantizes unit vectors). ``live`` is what ``codebook`` was copied from, because it is
+    about to change: it is what is searched, for a search finds by address what it packed. ``chosen`` (H, B, S) skips
+    the search, and the score is 0.
     """
-    rows, codes = search or (z, codebook)
+    rows, codes = search or (z, codebook if live is None else live)
     if chosen is None:
         indices, score = ops.nearest(_detached(rows), _detached(codes), metric)
     else:

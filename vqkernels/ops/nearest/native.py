@@ -45,6 +45,7 @@ def _fastest(lib: ctypes.CDLL, codes: int, dim: int) -> int:
 
 _lock = threading.Lock()
 _cache: OrderedDict[tuple[object, ...], tuple[tuple[int, int], Tensor]] = OrderedDict()
+_kept = 0  # bytes in it
 
 
 def _budget() -> int:
@@ -66,15 +67,26 @@ def _packed(lib: ctypes.CDLL, key: tuple[object, ...], codes: _native.Codes, met
     packed = storage[-storage.data_ptr() % 64 :][:size]
     _native.check(lib.vqk_cpu_nearest_pack(ctypes.byref(codes), metric, isa, packed.data_ptr()))
     with _lock:
-        _cache.pop(key, None)
-        if storage.untyped_storage().nbytes() > _budget():
-            return packed
-        _cache[key] = (fingerprint, packed)
-        total = sum(p.untyped_storage().nbytes() for _, p in _cache.values())
-        while total > _budget() and _cache:
-            _, (_, dropped) = _cache.popitem(last=False)
-            total -= dropped.untyped_storage().nbytes()
+        _forget(key)
+        _keep(key, fingerprint, packed)
     return packed
+
+
+def _keep(key: tuple[object, ...], fingerprint: tuple[int, int], packed: Tensor) -> None:
+    global _kept
+    size, budget = packed.untyped_storage().nbytes(), _budget()
+    if size > budget:
+        return
+    _cache[key] = (fingerprint, packed)
+    _kept += size
+    while _kept > budget:
+        _forget(next(iter(_cache)))
+
+
+def _forget(key: tuple[object, ...]) -> None:
+    global _kept
+    if (entry := _cache.pop(key, None)) is not None:
+        _kept -= entry[1].untyped_storage().nbytes()
 
 
 def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:
@@ -82,8 +94,9 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     if _cuda.serves(x):
         return _cuda_nearest.run(x, codebook, metric, precision)
     lib = _native.lib()
-    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
-    score = torch.empty(x.shape[:-1], dtype=torch.float32)
+    h, b, s, _ = x.shape
+    indices = torch.empty((h, b, s), dtype=torch.int64)
+    score = torch.empty((h, b, s), dtype=torch.float32)
     if indices.numel() == 0:
         return indices, score
     isa, given = _isa(lib, codebook), codebook
@@ -112,5 +125,7 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
 
 def clear_cache() -> None:
     """Forget every packed codebook."""
+    global _kept
     with _lock:
         _cache.clear()
+        _kept = 0
