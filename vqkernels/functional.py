@@ -83,7 +83,8 @@ def nearest(
     arguments.check_rows("x", x, codebook)
     rows = arguments.to_rows(_detached(x), codebook.dim() == 3)
     indices, score = ops.nearest(rows, arguments.to_codes(_detached(codebook)), metric, precision, backend)
-    return indices.reshape(x.shape[:-1]), score.reshape(x.shape[:-1])
+    shape = x.shape[:-1]
+    return indices.reshape(shape), score.reshape(shape)
 
 
 def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -150,8 +151,8 @@ def codebook_sum(x: Tensor, indices: Tensor, num_codes: int, *, mask: Tensor | N
     if mask is not None:
         arguments.check_mask(mask, x.shape[:-1], x, False)
         positions = torch.where(arguments.to_positions(mask, False), positions, -1)
-    sums, counts = ops.codebook_sum(arguments.to_rows(x.detach(), False), positions, num_codes)
-    return sums[0], counts[0]
+    sums, counts = ops.codebook_sum(arguments.to_rows(_detached(x), False), positions, num_codes)
+    return sums.squeeze(0), counts.squeeze(0)
 
 
 def vector_quantize(
