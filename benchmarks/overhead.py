@@ -33,8 +33,8 @@ EXAMPLES = """\
 examples:
   python -m benchmarks.overhead                                  microseconds a call, and operators
   python -m benchmarks.overhead --rows 1 --dim 8                 one size
-  git archive v0.1 vqkernels | tar -x -C /tmp/old
-  python -m benchmarks.overhead --against /tmp/old               how many times as long an older version takes
+  mkdir /tmp/v0.1 && git archive v0.1 vqkernels | tar -x -C /tmp/v0.1
+  python -m benchmarks.overhead --against /tmp/v0.1              how many times as long an older version takes
 
 The other version runs on this one's native library, so it must know the same ABI.
 """
@@ -209,18 +209,19 @@ class Entry(NamedTuple):
     against: float | None
 
 
-def measure(rows: Sequence[int], dims: Sequence[int], rounds: int, against: Path | None) -> list[Entry]:
+def measure(rows: Sequence[int], dims: Sequence[int], codes: int, rounds: int, against: Path | None) -> list[Entry]:
     """All calls at all sizes; versions take turns, and the fastest stretch of each counts."""
     workers = [Worker(None), *([] if against is None else [Worker(against)])]
     found = []
     try:
-        for size in [(n, d) for d in dims for n in rows]:
+        for n, d in [(n, d) for d in dims for n in rows]:
+            size = (n, d, codes)
             for name, call in calls(*size).items():
                 taken = [[w.seconds(size, name) for w in workers] for _ in range(rounds)]
                 least = [min(s for s in series if s is not None) for series in zip(*taken, strict=True)]
                 operators = count(call)
                 ratio = least[1] / least[0] if against else None
-                found.append(Entry(name, *size, 1e6 * least[0], len(operators.every), len(operators.compute), ratio))
+                found.append(Entry(name, n, d, 1e6 * least[0], len(operators.every), len(operators.compute), ratio))
     finally:
         for worker in workers:
             worker.close()
@@ -252,8 +253,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="N", help="default: 1 16 64 2048")
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS, metavar="D", help="default: 8 256")
+    parser.add_argument("--codes", type=int, default=CODES, metavar="K", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each version (default: %(default)s)")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="with another version's `vqkernels` in it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, with device and versions")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
@@ -266,8 +269,28 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--against is {options.against}; expected a folder with the package `vqkernels` in it")
     against = None if options.against is None else options.against.resolve()
     torch.set_num_threads(1)
-    print(table(measure(options.rows, options.dim, options.rounds, against)))
+    entries = measure(options.rows, options.dim, options.codes, options.rounds, against)
+    print(table(entries))
+    if options.json is not None:
+        _write(options.json, entries, options.codes, against)
     return 0
+
+
+def _write(path: Path, entries: Sequence[Entry], codes: int, against: Path | None) -> None:
+    from benchmarks import environment
+
+    environment.write_json(
+        path,
+        {
+            "kind": "overhead",
+            **environment.describe(threads=1),
+            "commit": environment.commit(),
+            "date": environment.now(),
+            "against": None if against is None else against.name,
+            "codes": codes,
+            "entries": [entry._asdict() for entry in entries],
+        },
+    )
 
 
 if __name__ == "__main__":

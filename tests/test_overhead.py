@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,18 @@ def test_no_gradient_that_nobody_sent_is_made_of_zeros() -> None:
     torch.testing.assert_close(grad, 2 / 15 * (z - out.quantized).detach())
 
 
-def test_the_benchmark_prints_a_line_per_call_and_a_ratio(capsys: pytest.CaptureFixture[str]) -> None:
-    root = Path(vqkernels.__file__).resolve().parent.parent
-    assert overhead.main(["--rows", "1", "--dim", "3", "--rounds", "1", "--against", str(root)]) == 0
+def test_the_benchmark_prints_a_line_per_call_and_a_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, record = Path(overhead.__file__).resolve().parent.parent, tmp_path / "overhead.json"
+    arguments = ["--rows", "1", "--dim", "3", "--rounds", "1", "--against", str(root), "--json", str(record)]
+    assert overhead.main(arguments) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[-4:] == ["operators", "1", "x", "3"]
     assert len(lines) == len(overhead.calls(1, 3))
     assert all(0.1 < float(line.split()[-1].rstrip("x")) < 10 for line in lines)
+    found = json.loads(record.read_text())
+    assert found["against"] == root.name
+    assert [entry["call"] for entry in found["entries"]] == list(overhead.calls(1, 3))
+    assert all(entry["microseconds"] > 0 for entry in found["entries"])
 
 
 def test_another_version_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

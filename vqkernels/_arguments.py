@@ -135,17 +135,21 @@ def to_rows(x: Tensor, heads: bool) -> Tensor:
     The first dim becomes B and the dims between are flattened: a view for contiguous tensors and for feature maps
     with the channel dim moved to the end, which then stay where they are in memory.
     """
-    lead = x.shape[:1] if heads else (1,)
-    if x.dim() == heads + 3:
-        return x if heads else x.unsqueeze(0)
-    if x.dim() < heads + 3:  # dims of size 1 are a view whatever the strides are
-        return x.view((*lead, *(1,) * (heads + 3 - x.dim()), *x.shape[heads:]))
-    return (x if heads else x.unsqueeze(0)).flatten(2, -2)
+    return _grouped(x, heads, 1)
 
 
 def to_positions(x: Tensor, heads: bool) -> Tensor:
     """What belongs to rows (a mask, indices): (...) or (H, ...) as (H, B, S), like :func:`to_rows`."""
-    return to_rows(x.unsqueeze(-1), heads).squeeze(-1)
+    return _grouped(x, heads, 0)
+
+
+def _grouped(x: Tensor, heads: bool, kept: int) -> Tensor:
+    """(H, B, S) and ``kept`` dims more, in as few views as possible: each takes longer than all checks of a call."""
+    missing = heads + 2 + kept - x.dim()
+    if missing > 0:  # dims of size 1 are a view whatever the strides are
+        return x.view((*(x.shape[:1] if heads else (1,)), *(1,) * missing, *x.shape[heads:]))
+    x = x if heads else x.unsqueeze(0)
+    return x if missing == 0 else x.flatten(2, -1 - kept)
 
 
 def is_channel_first(rows: Tensor) -> bool:

@@ -22,6 +22,7 @@ __all__ = ["clear", "isa", "packed"]
 
 _lock = threading.Lock()
 _cache: OrderedDict[tuple[object, ...], tuple[tuple[int, int], Tensor]] = OrderedDict()
+_kept = 0  # bytes in it
 
 
 def isa(lib: ctypes.CDLL, num_codes: int, dim: int) -> int:
@@ -57,18 +58,31 @@ def packed(lib: ctypes.CDLL, given: Tensor, codes: _native.Codes, metric: int, i
     result = storage[-storage.data_ptr() % 64 :][:size]
     _native.check(lib.vqk_cpu_nearest_pack(ctypes.byref(codes), metric, isa, result.data_ptr()))
     with _lock:
-        _cache.pop(key, None)
-        if storage.untyped_storage().nbytes() > _budget():
-            return result
-        _cache[key] = (fingerprint, result)
-        total = sum(p.untyped_storage().nbytes() for _, p in _cache.values())
-        while total > _budget() and _cache:
-            _, (_, dropped) = _cache.popitem(last=False)
-            total -= dropped.untyped_storage().nbytes()
+        _forget(key)
+        _keep(key, fingerprint, result)
     return result
+
+
+def _keep(key: tuple[object, ...], fingerprint: tuple[int, int], packed: Tensor) -> None:
+    global _kept
+    size, budget = packed.untyped_storage().nbytes(), _budget()
+    if size > budget:
+        return
+    _cache[key] = (fingerprint, packed)
+    _kept += size
+    while _kept > budget:
+        _forget(next(iter(_cache)))
+
+
+def _forget(key: tuple[object, ...]) -> None:
+    global _kept
+    if (entry := _cache.pop(key, None)) is not None:
+        _kept -= entry[1].untyped_storage().nbytes()
 
 
 def clear() -> None:
     """Forget every packed codebook."""
+    global _kept
     with _lock:
         _cache.clear()
+        _kept = 0

@@ -83,7 +83,8 @@ def nearest(
     arguments.check_rows("x", x, codebook)
     rows = arguments.to_rows(_detached(x), codebook.dim() == 3)
     indices, score = ops.nearest(rows, arguments.to_codes(_detached(codebook)), metric, precision, backend)
-    return indices.reshape(x.shape[:-1]), score.reshape(x.shape[:-1])
+    shape = x.shape[:-1]
+    return indices.reshape(shape), score.reshape(shape)
 
 
 def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -150,8 +151,8 @@ def codebook_sum(x: Tensor, indices: Tensor, num_codes: int, *, mask: Tensor | N
     if mask is not None:
         arguments.check_mask(mask, x.shape[:-1], x, False)
         positions = torch.where(arguments.to_positions(mask, False), positions, -1)
-    sums, counts = ops.codebook_sum(arguments.to_rows(x.detach(), False), positions, num_codes)
-    return sums[0], counts[0]
+    sums, counts = ops.codebook_sum(arguments.to_rows(_detached(x), False), positions, num_codes)
+    return sums.squeeze(0), counts.squeeze(0)
 
 
 def vector_quantize(
@@ -237,14 +238,17 @@ def quantize_rows(
     gradient: str,
     mask: Tensor | None = None,
     search: tuple[Tensor, Tensor] | None = None,
+    live: Tensor | None = None,
     chosen: Tensor | None = None,
 ) -> Quantized:
     """:func:`vector_quantize` on the canonical shapes (H, B, S, D), (H, K, D) and mask (H, B, S), unchecked.
 
     ``search`` are the rows and codes to compare if they are not ``z`` and ``codebook`` themselves (the cosine module
-    compares what it was given and quantizes unit vectors); ``chosen`` (H, B, S) skips the search, and the score is 0.
+    compares what it was given and quantizes unit vectors). ``live`` is what ``codebook`` was copied from, because it is
+    about to change: it is what is searched, for a search finds by address what it packed. ``chosen`` (H, B, S) skips
+    the search, and the score is 0.
     """
-    rows, codes = search or (z, codebook)
+    rows, codes = search or (z, codebook if live is None else live)
     if chosen is None:
         indices, score = ops.nearest(_detached(rows), _detached(codes), metric)
     else:

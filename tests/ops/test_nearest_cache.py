@@ -11,6 +11,7 @@ import torch
 from shapes import ISAS, search
 from torch import Tensor
 
+import vqkernels
 from vqkernels import _cpu_nearest, _native
 from vqkernels.ops.nearest import METRICS
 from vqkernels.ops.nearest import native as nearest_native
@@ -258,11 +259,22 @@ def test_the_budget_is_kept_and_the_oldest_leaves(monkeypatch: pytest.MonkeyPatc
     x = torch.randn(9, 32)
     for one in codes:
         search(x, one)
-        assert sum(packed.untyped_storage().nbytes() for _, packed in _cpu_nearest._cache.values()) <= 2**20
+        kept = sum(packed.untyped_storage().nbytes() for _, packed in _cpu_nearest._cache.values())
+        assert 2**17 < kept == _cpu_nearest._kept <= 2**20
     search(x, codes[-1])
     assert served[-1] is served[9]
     search(x, codes[0])
     assert served[-1] is not served[0]
+
+
+def test_a_codebook_that_learns_has_one_entry() -> None:
+    # Moving averages quantize with a copy of the codebook: packed by the copy's address, every step would be another.
+    vq = vqkernels.VectorQuantizer(K, D, decay=0.9, dead_code_ratio=0.1)
+    for _ in range(3):
+        vq(X)
+    assert len(_cpu_nearest._cache) == 1
+    nearest_native.clear_cache()
+    assert _cpu_nearest._kept == 0
 
 
 def test_a_codebook_larger_than_the_budget_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:

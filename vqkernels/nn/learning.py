@@ -72,20 +72,21 @@ class LearnedCodebook(nn.Module):
     def _as_codes(self, x: Tensor) -> Tensor:
         return x if self.heads > 1 else x.unsqueeze(0)
 
-    def _codes(self, learning: bool) -> Tensor:
-        """The codes (H, K, D) to quantize with; a copy if this step is going to change the codebook in place."""
+    def _codes(self, learning: bool) -> tuple[Tensor, Tensor | None]:
+        """The codes (H, K, D) to quantize with; a copy and its original if this step changes the codebook in place."""
         codes = self._as_codes(self.codebook)
         if not torch.compiler.is_compiling() and self._last_codes is not None and self.training and in_backward():
             # Activation checkpointing runs forward again after the update: give it the codes of the first time.
-            codes = self._last_codes + (codes - codes.detach())
-        elif learning and (self.decay is not None or self.dead_code_ratio > 0):
+            return self._last_codes + (codes - codes.detach()), None
+        if learning and (self.decay is not None or self.dead_code_ratio > 0):
             if torch.compiler.is_compiling():
                 # A copy that Inductor (torch 2.13) keeps: it drops `clone`, then saves the codes of after the update.
                 every = torch.arange(self.num_embeddings, device=codes.device)
-                return lookup_rows(codes, every.expand(self.heads, 1, self.num_embeddings), False).squeeze(1)
-            codes = codes.clone()
-            self._last_codes = codes.detach()
-        return codes
+                return lookup_rows(codes, every.expand(self.heads, 1, self.num_embeddings), False).squeeze(1), None
+            copy = codes.clone()
+            self._last_codes = copy.detach()
+            return copy, codes
+        return codes, None
 
     def _start(self, rows: Tensor, valid: Tensor | None) -> bool:
         """k-means; without any row in any process the module goes on waiting."""

@@ -234,23 +234,24 @@ class VectorQuantizer(LearnedCodebook):
         learning = self.training and not self.frozen and not in_backward()
         if learning and self._waiting:
             self._start(rows, valid)
-        given = self._codes(learning)
+        given, live = self._codes(learning)
         if self.affine is not None:
             if learning:
                 self.affine.update(rows.detach(), valid, given.detach())
-            given = self.affine(given)
+            given, live = self.affine(given), None
         codes, search = self._unit(given), None
         if self.normalize:
             # Cosine compares what was given: an angle does not depend on lengths, and rounded unit vectors would.
-            search = (rows, given) if self.metric == "cosine" else None
+            search = (rows, given if live is None else live) if self.metric == "cosine" else None
             rows = F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1)
         chosen = None
         if self.training and self.sample_temperature > 0:
             chosen = sample_codes(rows, codes, self.metric, self.sample_temperature)
         soft = self.gradient == "softmax"
         gradient = "none" if soft else self.gradient
+        live = live if codes is given else None
         out = quantize_rows(
-            rows, codes, metric=self.metric, gradient=gradient, mask=valid, search=search, chosen=chosen
+            rows, codes, metric=self.metric, gradient=gradient, mask=valid, search=search, live=live, chosen=chosen
         )
         if soft and torch.is_grad_enabled():
             values = propagate(rows, codes, out.indices, self.metric, self.softmax_temperature)

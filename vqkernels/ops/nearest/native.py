@@ -35,8 +35,9 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     if _cuda.serves(x):
         return _cuda_nearest.run(x, codebook, metric, precision)
     lib = _native.lib()
-    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
-    score = torch.empty(x.shape[:-1], dtype=torch.float32)
+    h, b, s, _ = x.shape
+    indices = torch.empty((h, b, s), dtype=torch.int64)
+    score = torch.empty((h, b, s), dtype=torch.float32)
     if indices.numel() == 0:
         return indices, score
     isa, given = _isa(lib, codebook), codebook

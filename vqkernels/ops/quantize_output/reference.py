@@ -53,8 +53,7 @@ def _with(
         total = _squared_error(z, values.transpose(-1, -2) if channel_first else values, indices)
     else:
         total = (torch.where(indices >= 0, distance, 0.0) if masked else distance).sum(dtype=torch.float64)
-    loss = torch.empty((), dtype=torch.float64 if z.dtype == torch.float64 else torch.float32, device=z.device)
-    torch.mul(total, weight, out=loss)  # rounds in the same kernel
+    loss = (total * weight).to(torch.float64 if z.dtype == torch.float64 else torch.float32)
     return quantized, loss, loss.clone(), weight
 
 

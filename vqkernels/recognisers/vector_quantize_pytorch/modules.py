@@ -141,7 +141,7 @@ class VectorQuantizeAdapter(Adapter):
         with torch.autocast(x.device.type, enabled=False):
             codebook.initialize(rows, None)
             codes = codebook.prepare(rows, None)
-            out = quantize_rows(rows, _snapshot(codes), metric=codebook.metric, gradient=gradient)
+            out = quantize_rows(rows, _snapshot(codes), metric=codebook.metric, gradient=gradient, live=codes)
             if not freeze:
                 codebook.update(rows, out.indices, None, weight, accumulate, ema_update)
         commitment = out.commitment_loss
