@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqkernels import _cuda, _native
+from vqkernels import _cuda
 from vqkernels._triton.selftest import published
 
 __all__ = ["LAYOUTS", "Verdict", "forget", "holds", "known", "layout", "pack", "products", "verdicts", "worst_cases"]
