@@ -212,7 +212,7 @@ def _residual(cases: dict[str, Record]) -> str:
                     for who in ("plain", "asked")
                 ),
                 _milliseconds(r["ms"]["read"]["median"]),
-                f"{100 * r['read_share']['median']:.0f} %",
+                f"{100 * r['read_share']['median']:.0f} %" if r["read_share"]["median"] > 0.05 else "-",
             ]
         )
     header = ["case", "N x K x D", "cdist loop, ms", "level by level, ms", "one search, ms", "to the loop", "to levels"]
