@@ -38,7 +38,8 @@ def _fastest(lib: ctypes.CDLL, num_codes: int, dim: int) -> int:
 
 
 def _budget() -> int:
-    return int(float(os.environ.get("VQKERNELS_CACHE_MB", "64")) * 2**20)
+    # The default holds 32 levels of 2048 x 256 in float32, 67 MB: a codec's levels would push each other out of less.
+    return int(float(os.environ.get("VQKERNELS_CACHE_MB", "128")) * 2**20)
 
 
 def packed(lib: ctypes.CDLL, given: Tensor, codes: _native.Codes, metric: int, isa: int) -> Tensor:
