@@ -190,8 +190,8 @@ def info() -> Info:
 
     Example:
         >>> from vqkernels.info import info
-        >>> [e["reason"] for e in info().backends if e["backend"] == "reference" and e["device"] == "cpu"]
-        [None, None, None, None, None, None]
+        >>> {e["reason"] for e in info().backends if e["backend"] == "reference" and e["device"] == "cpu"}
+        {None}
     """
     cuda = _cuda_info()
     unusable = {"cpu": None, "cuda": cuda["reason"]}
