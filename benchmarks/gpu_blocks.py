@@ -46,7 +46,8 @@ def _places(products: Callable[..., np.ndarray], dims: int) -> tuple[np.ndarray,
     ones, numbers = np.ones(SIZE), np.arange(1.0, SIZE + 1)
     rows = np.stack([products(_one_dim(d, dims, numbers), _one_dim(d, dims, ones)) for d in range(dims)])
     columns = np.stack([products(_one_dim(d, dims, ones), _one_dim(d, dims, numbers)) for d in range(dims)])
-    return tuple(np.where((p >= 1) & (p <= SIZE) & (p == np.round(p)), p - 1, -1).astype(int) for p in (rows, columns))  # type: ignore[return-value]
+    rows, columns = (np.where((p >= 1) & (p <= SIZE) & (p == np.round(p)), p - 1, -1) for p in (rows, columns))
+    return rows.astype(int), columns.astype(int)
 
 
 def _describe(found: np.ndarray, axis: int, width: int) -> str | None:

@@ -81,10 +81,10 @@ def _contestants(bench: Bench, x: Tensor, codebooks: list[Tensor]) -> list[tuple
     found: list[tuple[str, str, Callable[[], Work]]] = []
     names = gpu_peers.backends(bench.device)
     for name in names:
-        found.append((f"vqkernels-{name}", f"vqkernels ({name})", lambda b=name: partial(_op, x, codebooks, b)))  # type: ignore[misc]
+        found.append((f"vqkernels-{name}", f"vqkernels ({name})", partial(partial, _op, x, codebooks, name)))
     for name in names:
         title = f"vqkernels ({name}), level by level"
-        found.append((f"levels-{name}", title, lambda b=name: partial(_levels, x, codebooks, b)))  # type: ignore[misc]
+        found.append((f"levels-{name}", title, partial(partial, _levels, x, codebooks, name)))
     cdist, addmm = gpu_peers._tf32(False, gpu_peers._cdist), gpu_peers._tf32(True, gpu_peers._addmm)
     found.append(("cdist", "torch.cdist + argmin, level by level", lambda: partial(_torch, x, codebooks, cdist)))
     found.append(("addmm-tf32", "addmm + argmin, TF32, level by level", lambda: partial(_torch, x, codebooks, addmm)))

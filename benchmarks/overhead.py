@@ -33,8 +33,8 @@ EXAMPLES = """\
 examples:
   python -m benchmarks.overhead                                  microseconds a call, and operators
   python -m benchmarks.overhead --rows 1 --dim 8                 one size
-  mkdir /tmp/v0.1 && git archive v0.1 vqkernels | tar -x -C /tmp/v0.1
-  python -m benchmarks.overhead --against /tmp/v0.1              how many times as long an older version takes
+  git worktree add ../older HEAD~20
+  python -m benchmarks.overhead --against ../older               how many times as long an older version takes
 
 The other version runs on this one's native library, so it must know the same ABI.
 """

@@ -192,11 +192,6 @@ def stream(tensor: Tensor) -> tuple[int, int | None]:
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def int32_pointer(x: Tensor) -> Any:
-    """``x`` (contiguous int32) as a C pointer."""
-    return ctypes.cast(x.data_ptr(), POINTER(c_int32))
-
-
 def workspace(tensor: Tensor, size: int) -> Tensor:
     """``size`` bytes beside ``tensor``. torch's allocator gives them to nobody else before the stream has passed."""
     # 64-bit elements, because tests fill new memory with what must not be read.

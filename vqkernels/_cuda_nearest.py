@@ -41,9 +41,8 @@ class Device(NamedTuple):
 
     capability: tuple[int, int]
     multiprocessors: int
-    shared: int = (
-        163 * 1024
-    )  # bytes that a block may have: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120
+    # Bytes that a block may have: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120.
+    shared: int = 163 * 1024
 
 
 # What the tests' build, which runs the kernels on the host, pretends to be.

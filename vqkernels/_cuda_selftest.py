@@ -105,7 +105,7 @@ def products(
         _cuda.check(
             library.vqk_cuda_nearest_products(
                 screen, width, a.shape[1] // width, there[0].data_ptr(), there[1].data_ptr(),
-                sums.data_ptr(), copied.data_ptr() if copies else None, _cuda.int32_pointer(late),
+                sums.data_ptr(), copied.data_ptr() if copies else None, late.data_ptr(),
                 bits, advance, *_cuda.stream(sums),
             )
         )  # fmt: skip
@@ -203,13 +203,11 @@ def holds(device: torch.device, screen: int, dim: int, search: Search, exact: in
             )
         measured = next(p for w, p in reversed(LAYOUTS) if w == width and (p <= panels or p == 1))
         share = _rounding(device, screen, width, measured)
-        wrong = (
-            _wrong_rows(device, screen, dim, search, exact) if share <= 1 else 0
-        )  # one that is wrong might never end
-        what = (
-            [] if share <= 1 else [f"products of {width * measured} dims are off by {share:.3g} times what is allowed"]
-        )
-        what += [f"{wrong} of {CHECKED} rows of a small search of {dim} dims are wrong"] if wrong else []
+        what = []
+        if share > 1:  # no search then: one that is wrong might never end
+            what.append(f"products of {width * measured} dims are off by {share:.3g} times what is allowed")
+        elif wrong := _wrong_rows(device, screen, dim, search, exact):
+            what.append(f"{wrong} of {CHECKED} rows of a small search of {dim} dims are wrong")
         verdict = _verdicts[key] = Verdict(not what, share, "; ".join(what))
         if not verdict.holds:
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -55,7 +55,7 @@ class Codes(Structure):
 # One `pack` and one copy fill a struct in a third of the time of ctypes' own conversion of two arrays.
 _ROWS, _CODES = struct.Struct("@P4q4qii"), struct.Struct("@P3q3qii")
 _rows, _codes = POINTER(Rows), POINTER(Codes)
-_int64, _float = POINTER(c_int64), POINTER(c_float)
+_int32, _int64, _float = POINTER(c_int32), POINTER(c_int64), POINTER(c_float)
 # tests/test_native.py compares this table with csrc/capi.h and with the exported symbols.
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "vqk_abi_version": (c_int32, []),
@@ -145,7 +145,7 @@ def _torch_parallel_for() -> int | None:
 
 def addresses(argtypes: list[Any]) -> list[Any]:
     """``argtypes`` for calls: ``data_ptr()`` is a number, and to cast it to a typed pointer would take time."""
-    return [c_void_p if t in (_int64, _float) else t for t in argtypes]
+    return [c_void_p if t in (_int32, _int64, _float) else t for t in argtypes]
 
 
 def lib() -> ctypes.CDLL:

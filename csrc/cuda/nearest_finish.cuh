@@ -6,6 +6,7 @@
 #define VQK_CUDA_NEAREST_FINISH_CUH
 
 #include "cuda/nearest_pack.cuh"
+#include "cuda/winner.cuh"
 
 namespace vqk {
 namespace nearest {
@@ -150,10 +151,6 @@ struct ScanShared {
   int32_t code[8];
 };
 
-VQK_DEVICE bool beats(double value, int code, double best, int winner) {
-  return value < best || (value == best && code < winner);
-}
-
 // Every code in float64 for the listed rows (all rows in a direct search); a row's codes may be split into slices, and
 // the block that finishes last takes the best of them. Grid: persistent.
 __global__ void __launch_bounds__(256, 2) scan_rows(const Search s) {
@@ -175,14 +172,7 @@ __global__ void __launch_bounds__(256, 2) scan_rows(const Search s) {
         winner = code;
       }
     }
-    for (int step = 16; step > 0; step /= 2) {
-      const double value = __shfl_xor_sync(~0u, best, step);
-      const int code = __shfl_xor_sync(~0u, winner, step);
-      if (beats(value, code, best, winner)) {
-        best = value;
-        winner = code;
-      }
-    }
+    best_of_warp(best, winner);
     if (lane() == 0) {
       shared.value[warp()] = best;
       shared.code[warp()] = winner;

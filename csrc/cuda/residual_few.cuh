@@ -9,6 +9,7 @@
 #define VQK_CUDA_RESIDUAL_FEW_CUH
 
 #include "cuda/residual.h"
+#include "cuda/winner.cuh"
 
 namespace vqk {
 namespace residual {
@@ -36,10 +37,6 @@ struct FewShared {
 struct Stage {
   int level, tile, first_dim;
 };
-
-VQK_DEVICE bool before(double value, int code, double best, int winner) {
-  return value < best || (value == best && code < winner);
-}
 
 // The next stage of a block that has work, or level == count.
 VQK_DEVICE Stage next_stage(const Levels &levels, const Few &f, int rank, Stage stage) {
@@ -92,17 +89,6 @@ VQK_DEVICE void add_squares(double (&total)[4], const double *code, const double
       const double2 a = *reinterpret_cast<const double2 *>(row[i] + d);
       const double x = __dsub_rn(a.x, e.x), y = __dsub_rn(a.y, e.y);
       total[i] = __dadd_rn(__dadd_rn(total[i], __dmul_rn(x, x)), __dmul_rn(y, y));
-    }
-  }
-}
-
-VQK_DEVICE void best_of_warp(double &value, int &code) {
-  for (int step = 16; step > 0; step /= 2) {
-    const double other = __shfl_xor_sync(~0u, value, step);
-    const int at = __shfl_xor_sync(~0u, code, step);
-    if (before(other, at, value, code)) {
-      value = other;
-      code = at;
     }
   }
 }
@@ -185,7 +171,7 @@ __global__ void __launch_bounds__(few_threads) search_few(const __grid_constant_
       for (int g = lane(); g < f.group; g += 32) {
         const double value = values[g];
         const int at = codes[g];
-        if (before(value, at, least, code)) {
+        if (beats(value, at, least, code)) {
           least = value;
           code = at;
         }
