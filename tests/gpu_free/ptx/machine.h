@@ -33,13 +33,14 @@ struct Operand {
   enum Kind : uint8_t {
     nothing,   // "_"
     reg,       // slot
-    number,    // bits: an immediate (floats as their bits), the address of a symbol
+    number,    // bits: an immediate (floats as their bits, "1.0" as a double's), the address of a symbol
     special,   // slot: a Special
-    memory,    // [base + bits]: items[0] is the base (a reg or a number)
-    vector,    // {a, b, ...}: items
-    label,     // slot: index of an instruction
+    memory,    // [base + bits]: items[0] is the base (a reg or a number); [base, {x, y}]: items[1] is the vector
+    vector,    // {a, b, ...}, and a|b of setp, shfl, elect: items
+    label,     // slot: index of an instruction; of brx, a vector of labels
   } kind = nothing;
   bool negated = false;  // "!%p1"
+  uint8_t width = 0;     // of a reg: bits it was declared with, 1 for a predicate; of memory: of its base if that is a reg
   int slot = -1;
   uint64_t bits = 0;
   std::vector<Operand> items;
@@ -48,7 +49,9 @@ struct Operand {
 
 enum Special : int { tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x, nctaid_y, nctaid_z,
                      laneid, warpid, clock, globaltimer, lanemask_lt, lanemask_le, lanemask_gt, lanemask_ge, lanemask_eq,
-                     dynamic_smem_size, total_smem_size, envreg1, envreg2, specials };  // add as needed
+                     dynamic_smem_size, total_smem_size, envreg1, envreg2, nwarpid, smid, nsmid, gridid,
+                     cluster_rank, cluster_blocks, cluster_ctaid, cluster_nctaid,  // clusters are single blocks
+                     specials };  // add as needed
 
 struct Warp;
 struct Instruction;
@@ -94,6 +97,7 @@ struct Function {
   size_t shared_align = 16;
   size_t local = 0;
   int max_threads = 1024;         // .maxntid or .reqntid
+  uint32_t required[3] = {};      // .reqntid
 };
 struct Module {
   std::string text, target;                  // "sm_90a"
@@ -121,16 +125,28 @@ struct Warp {
   Lanes live = 0;               // lanes that exist and have not exited
   int pc[32] = {};
   std::vector<uint64_t> registers;  // [slot * 32 + lane]; narrow values are zero-extended, predicates are 0 or 1
+  // The scheduler's: lanes that tried and have to wait; `moved` of the grid when all of them did.
+  Lanes waiting = 0;
+  uint64_t stalled = 0;
   uint32_t ticket[32] = {};     // free use of an instruction that waits: what the lane did on its first try; 0 otherwise
 
   uint64_t &at(int slot, int lane) { return registers[static_cast<size_t>(slot) * 32 + static_cast<size_t>(lane)]; }
   // Value of a reg, number or special.
-  uint64_t get(const Operand &o, int lane) const;
-  void set(const Operand &o, int lane, uint64_t bits);  // ignores "_"
+  uint64_t get(const Operand &o, int lane) const {
+    if (o.kind == Operand::reg) return registers[static_cast<size_t>(o.slot) * 32 + static_cast<size_t>(lane)];
+    return o.kind == Operand::number ? o.bits : special(o, lane);
+  }
+  void set(const Operand &o, int lane, uint64_t bits) {  // ignores "_"
+    if (o.kind == Operand::reg) at(o.slot, lane) = bits;
+  }
+  uint64_t special(const Operand &o, int lane) const;
   // base + offset of a memory operand, as its space counts (shared: from the start of the block's).
-  uint64_t address(const Operand &o, int lane) const;
+  uint64_t address(const Operand &o, int lane) const {
+    const uint64_t address = get(o.items[0], lane) + o.bits;
+    return o.width == 32 ? static_cast<uint32_t>(address) : address;
+  }
   int thread(int lane) const { return index * 32 + lane; }
-  // An Error that names this instruction and lane.
+  // An Error that names this instruction and lane (-1: all of the warp).
   [[noreturn]] void fail(const Instruction &, int lane, const std::string &why) const;
 };
 
@@ -167,7 +183,7 @@ class Deferred {
   size_t count() const;
 
   std::map<uint64_t, std::deque<std::function<void()>>> work;
-  uint64_t *random = nullptr;
+  uint64_t *random = nullptr;  // of the grid; null: at once
 };
 
 struct Grid {
@@ -178,6 +194,7 @@ struct Grid {
   bool cooperative;
   std::vector<unsigned char> parameters;
   std::vector<std::unique_ptr<Block>> blocks;  // those that are resident
+  std::vector<uint64_t> workspace = std::vector<uint64_t>(64);  // of a cooperative grid, for its barrier: envreg1 and 2
   Deferred deferred;
   uint64_t random;             // state of the generator: next_random(random)
   // True while a wait that gives up after a time (mbarrier.try_wait) must do so, because nothing else moves. After
