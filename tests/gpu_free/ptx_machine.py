@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +31,9 @@ def build(sanitize: bool = False) -> Path:
         pytest.skip("cmake or a C++ compiler is missing")
     flags = [f"-DVQK_SANITIZE={'ON' if sanitize else 'OFF'}"]
     source = Path(__file__).parent / "ptx"
-    for command in (["-S", source, "-B", folder, *flags], ["--build", folder, "--parallel", "2"]):
-        done = subprocess.run(
-            [cmake, *command], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
-        )
+    environment = os.environ | {"PATH": path}
+    for command in (["-S", str(source), "-B", str(folder), *flags], ["--build", str(folder), "--parallel", "2"]):
+        done = subprocess.run([cmake, *command], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -64,12 +64,12 @@ class PtxError(RuntimeError):
     """What the machine found wrong: it names kernel, line, block and thread."""
 
 
-Argument = torch.Tensor | int | float | bytes | ctypes._SimpleCData
+Argument = Any  # a tensor, an int, a float, bytes, or an object of ctypes
 _INTEGERS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 _FLOATS = {4: ctypes.c_float, 8: ctypes.c_double}
 
 
-def _converted(value: Argument, size: int) -> ctypes._SimpleCData | ctypes.Array[ctypes.c_char]:
+def _converted(value: Argument, size: int) -> Any:
     """A parameter of ``size`` bytes; tensors are their address, bytes a struct."""
     if isinstance(value, torch.Tensor):
         return ctypes.c_uint64(value.data_ptr())
@@ -96,7 +96,8 @@ class Module:
 
     def kernels(self) -> list[str]:
         """Their names, as in the text."""
-        return library().ptx_kernels(self._handle).decode().split()
+        names: bytes = library().ptx_kernels(self._handle)
+        return names.decode().split()
 
     def parameters(self, kernel: str) -> list[int]:
         """How many bytes each parameter has."""
