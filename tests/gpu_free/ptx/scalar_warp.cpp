@@ -8,8 +8,8 @@ namespace {
 // wait for theirs.
 template <class F>
 Outcome together(Warp &w, const Instruction &i, Lanes lanes, const Operand &mask, F run) {
-  uint64_t room[32];
-  const uint64_t *masks = values(w, mask, room);
+  uint64_t room[32], masks[32];
+  std::memcpy(masks, values(w, mask, room), sizeof masks);  // what run() writes may be in the same register
   Lanes done = 0;
   for (Lanes rest = lanes; rest;) {
     const int lane = __builtin_ctz(rest);
