@@ -290,7 +290,9 @@ def test_a_barrier_tells_that_copies_are_done(noinc: str) -> None:
     """.replace("add.u32 %r4, %r2, %r3", "add.u32 %r4, %r2, %r3; add.u32 %r4, %r4, 512")
     body = body.replace("add.u32 %r5, %r5, %r2", "add.u32 %r5, %r5, %r2; add.u32 %r5, %r5, 512")
     assert set(outcomes(body, DATA, NEIGHBOURS, 32)) == {"right"}
-    assert noticed(outcomes(body.replace(f"cp.async.mbarrier.arrive{noinc}.shared.b64 [%r2+ 0 ];", ""), DATA, NEIGHBOURS, 32))
+    assert noticed(
+        outcomes(body.replace(f"cp.async.mbarrier.arrive{noinc}.shared.b64 [%r2+ 0 ];", ""), DATA, NEIGHBOURS, 32)
+    )
 
 
 @pytest.mark.parametrize(
