@@ -1,7 +1,7 @@
 // Loads and stores, conversions of addresses, and hints about caches, which do nothing.
 #include "scalar_memory.h"
 
-#include <sstream>
+#include <cstdio>
 
 namespace ptx {
 namespace {
@@ -9,9 +9,9 @@ namespace {
 constexpr uint64_t null_page = 4096;
 
 std::string hex(uint64_t x) {
-  std::ostringstream out;
-  out << "0x" << std::hex << x;
-  return out.str();
+  char text[20];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(x));
+  return text;
 }
 
 // Offset `address` of `size` bytes, which may be given as a generic address of `window`.
