@@ -87,7 +87,9 @@ def test_what_was_stored_is_loaded(t: str, space: str) -> None:
         if space in ("local", "")
         else ".shared .align 8 .b8 dynamic[4096]; .reg .b64 %address;"
     )
-    offset = "cvt.u64.u32 %rd0, %j; mul.lo.u64 %rd0, %rd0, 16; add.s64 %rd1, %rd1, %rd0;" if space.startswith("sh") else ""
+    offset = (
+        "cvt.u64.u32 %rd0, %j; mul.lo.u64 %rd0, %rd0, 16; add.s64 %rd1, %rd1, %rd0;" if space.startswith("sh") else ""
+    )
     move = f"{line} {where} {offset} st{dot}.{t} [%rd1+8], %b; ld{dot}.{t.replace('s', 'u')} %d, [%rd1+8];"
     addresses = [scratch.ctypes.data + 16 * k for k in range(64)]
     found = evaluate(move, register, ("u64", addresses), (register, words))
@@ -241,7 +243,9 @@ def test_atomics(op: str, space: str) -> None:
         register = {2: "%h", 4: "%r", 8: "%rd"}[size]
         d, x, y, z = (f"{register}{k}" for k in (20 if size > 2 else 10, 5, 6, 7))
         third = f", {z}" if op == "cas" else ""
-        atom = f"red{space}.{op}.{t} [%rd1], {y};" if red else f"atom.relaxed.gpu{space}.{op}.{t} {d}, [%rd1], {y}{third};"
+        atom = (
+            f"red{space}.{op}.{t} [%rd1], {y};" if red else f"atom.relaxed.gpu{space}.{op}.{t} {d}, [%rd1], {y}{third};"
+        )
         run(
             f"""mul.wide.u32 %rd9, %r0, {size};
             add.s64 %p0, %p0, %rd9; add.s64 %p1, %p1, %rd9; add.s64 %p2, %p2, %rd9; add.s64 %p3, %p3, %rd9;
