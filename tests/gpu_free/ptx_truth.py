@@ -1,7 +1,7 @@
 """What single PTX instructions give on the machine, and exact numbers to compare with.
 
-Floats are handled as their bits; a format is its bits of exponent and mantissa. Their values are Fractions, rounded here
-once, by definition and not by any float arithmetic of the host.
+Floats are handled as their bits; a format is its bits of exponent and mantissa. Their values are Fractions, rounded
+here once, by definition and not by any float arithmetic of the host.
 """
 
 from __future__ import annotations

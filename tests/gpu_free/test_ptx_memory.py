@@ -53,12 +53,11 @@ TYPES = [k + str(bits) for bits in (8, 16, 32, 64) for k in "bus"] + ["f32", "f6
 def test_loads_extend_to_their_register(t: str) -> None:
     bits = int(t[1:])
     data = bytes_of(1024)
-    numbers = data.view(f"u{bits // 8}")
+    numbers, address = data.view(f"u{bits // 8}"), data.ctypes.data
+    inputs = ("u64", [address + k * bits // 8 for k in range(100)])
     for register in ("u16", "u32", "u64"):
         if width(register) < bits:
             continue
-        address = data.ctypes.data
-        inputs = ("u64", [address + k * bits // 8 for k in range(100)])
 
         def truth(at: int, register: str = register) -> int:
             x = int(numbers[(at - address) * 8 // bits])
@@ -156,7 +155,8 @@ def test_spaces_of_addresses() -> None:
         st.u32 [%rd2], %r0; st.u32 [%rd4], %r0;
         ld.shared.u32 %r1, [%rd1]; ld.local.u32 %r2, [%rd3];
         add.u32 %r1, %r1, %r2; st.global.u32 [%p0], %r1;
-        cvta.to.shared.u64 %rd5, %rd2; cvta.to.local.u64 %rd6, %rd4; cvta.to.global.u64 %rd7, %p0; cvta.global.u64 %rd7, %rd7;
+        cvta.to.shared.u64 %rd5, %rd2; cvta.to.local.u64 %rd6, %rd4; cvta.to.global.u64 %rd7, %p0;
+        cvta.global.u64 %rd7, %rd7;
         setp.eq.u64 %q1, %rd5, %rd1; setp.eq.and.u64 %q1, %rd6, %rd3, %q1; setp.eq.and.u64 %q1, %rd7, %p0, %q1;
         selp.u32 %r3, 1, 0, %q1; st.u32 [%p0+128], %r3;
         isspacep.shared %q1, %rd2; isspacep.local %q2, %rd4; isspacep.global %q3, %p0;

@@ -1,4 +1,4 @@
-"""What threads do together on the PTX machine: shuffles, votes, barriers; in every order; and what is an error there."""
+"""What threads do together on the PTX machine: shuffles, votes, barriers; in every order; and what is wrong there."""
 
 from __future__ import annotations
 
@@ -90,10 +90,12 @@ def test_shuffle_of_halves_that_diverged() -> None:
     ("body", "why"),
     [
         ("shfl.sync.idx.b32 %r1, %r0, 3, 0x1f, 0xfffffff7;", "not in its own mask"),
-        ("setp.eq.u32 %p1, %r0, 3; @%p1 ret; shfl.sync.idx.b32 %r1, %r0, 3, 0x1f, -1;", "lane 3, which does not take part"),
+        ("setp.eq.u32 %p1, %r0, 3; @%p1 ret; shfl.sync.idx.b32 %r1, %r0, 3, 0x1f, -1;",
+         "lane 3, which does not take part"),
         ("setp.eq.u32 %p1, %r0, 3; @%p1 bra end; shfl.sync.idx.b32 %r1, %r0, 4, 0x1f, 0xfffffff7; "
          "shfl.sync.idx.b32 %r1, %r0, 3, 0x1f, 0xfffffff7;", "lane 3, which does not take part"),
-        ("setp.eq.u32 %p1, %r0, 3; @!%p1 vote.sync.ballot.b32 %r1, 1, -1; @%p1 bar.warp.sync 8; bar.sync 0;", "deadlock"),
+        ("setp.eq.u32 %p1, %r0, 3; @!%p1 vote.sync.ballot.b32 %r1, 1, -1; @%p1 bar.warp.sync 8; bar.sync 0;",
+         "deadlock"),
     ],
 )  # fmt: skip
 def test_masks_that_do_not_hold(body: str, why: str) -> None:
@@ -300,9 +302,10 @@ def test_whole_warps_count_though_lanes_returned() -> None:
         ("bar.sync 1, 48;", "no multiple of 32"),
         ("bar.arrive 1, 0;", "no multiple of 32"),
         ("setp.lt.u32 %p1, %r0, 32; mov.u32 %r2, 64; @%p1 mov.u32 %r2, 96; bar.sync 1, %r2;", "others wait for"),
-        ("setp.lt.u32 %p1, %r0, 32; @%p1 bra twice; bar.sync 1, 128; bra.uni end; twice: bar.arrive 1, 128; bar.arrive 1, 128;",
-         "a second time"),
-        ("setp.lt.u32 %p1, %r0, 32; @%p1 bra red; bar.sync 1; bra.uni end; red: bar.red.popc.u32 %r1, 1, %p1;", "reduction"),
+        ("setp.lt.u32 %p1, %r0, 32; @%p1 bra twice; bar.sync 1, 128; bra.uni end;"
+         "twice: bar.arrive 1, 128; bar.arrive 1, 128;", "a second time"),
+        ("setp.lt.u32 %p1, %r0, 32; @%p1 bra red; bar.sync 1; bra.uni end; red: bar.red.popc.u32 %r1, 1, %p1;",
+         "reduction"),
         ("setp.eq.u32 %p1, %r0, 3; @!%p1 bar.sync 0; bar.sync 1;", "deadlock"),
         ("setp.lt.u32 %p1, %r0, 16; @%p1 bra low; bar.sync 0; bra.uni end; low: bar.sync 0;", "deadlock"),
         ("setp.lt.u32 %p1, %r0, 32; @%p1 bar.sync 0, 64;", "deadlock"),
