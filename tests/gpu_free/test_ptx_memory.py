@@ -205,6 +205,32 @@ def test_faults_name_the_lane() -> None:
         run(f"{body} add.s64 %rd1, %rd1, %p0; ld.global.u32 %r2, [%rd1];", data)
 
 
+@pytest.mark.parametrize(
+    ("store", "at"),
+    [
+        ("st.shared.u8 [dynamic+31], %h1;", 16),
+        ("st.shared::cta.v4.u32 [dynamic+16], {%r1, %r1, %r1, %r1};", 16),
+        ("mov.u64 %rd1, dynamic; cvta.shared.u64 %rd1, %rd1; st.u32 [%rd1+32], %r1;", 32),
+        ("st.shared.v4.b64 [dynamic+32], {%rd1, %rd1, %rd1, %rd1};", 48),
+        ("red.shared.add.u32 [dynamic+16], 1;", 16),
+    ],
+)
+def test_stores_are_not_seen_by_copies_without_a_fence(store: str, at: int) -> None:
+    def copy(fence: str, where: int) -> None:
+        run(
+            f"""{store} {fence}
+            cp.async.bulk.global.shared::cta.bulk_group [%p0], [dynamic+{where}], 16;
+            cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;""",
+            aligned(16),
+            threads=1,
+        )
+
+    copy("fence.proxy.async.shared::cta;", at)
+    copy("", 64)
+    with pytest.raises(PtxError, match="fence"):
+        copy("", at)
+
+
 # ---- atomics ----
 
 

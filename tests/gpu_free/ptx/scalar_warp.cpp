@@ -8,6 +8,11 @@ namespace {
 // wait for theirs.
 template <class F>
 Outcome together(Warp &w, const Instruction &i, Lanes lanes, const Operand &mask, F run) {
+  // Most often: all lanes that live, and a mask that says so.
+  if (mask.kind == Operand::number && (mask.bits & w.live) == lanes) {
+    run(lanes);
+    return Outcome::next;
+  }
   uint64_t room[32], masks[32];
   std::memcpy(masks, values(w, mask, room), sizeof masks);  // what run() writes may be in the same register
   each(lanes, [&](int lane) {
