@@ -260,6 +260,7 @@ def test_values_outlive_others_that_come_later_in_the_text() -> None:
         mov.u32 %r1, 0;
         mov.u32 %r2, 1000;
         mov.u32 %r3, 0;
+        mov.u32 %r12, 7;
     loop:
         setp.eq.u32 %p1, %r1, 0;
         @%p1 bra first;
@@ -269,6 +270,8 @@ def test_values_outlive_others_that_come_later_in_the_text() -> None:
         mul.lo.u32 %r8, %r1, 10;
         setp.eq.u32 %p2, %r1, 2;
         @%p2 add.u32 %r8, %r0, 50;
+        @%p2 mov.u32 %r12, 9;
+        add.u32 %r3, %r3, %r12;
         mul.lo.u32 %r9, %r1, 7;
         mul.lo.u32 %r10, %r9, 7;
         mul.lo.u32 %r11, %r10, 7;
@@ -277,7 +280,7 @@ def test_values_outlive_others_that_come_later_in_the_text() -> None:
         setp.lt.u32 %p3, %r1, 5;
         @%p3 bra loop;
         st.global.u32 [%out], %r3;"""
-    assert run(body, shared=4) == [4000 + 0 + 10 + 50 + i + 30 for i in range(32)]
+    assert run(body, shared=4) == [4000 + 0 + 10 + 50 + i + 30 + 7 + 7 + 9 + 9 + 9 for i in range(32)]
 
 
 def test_no_lane_writes_what_another_has_yet_to_read() -> None:
