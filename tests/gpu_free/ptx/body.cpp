@@ -1,6 +1,7 @@
 // The body of a kernel: registers and variables of nested scopes, labels, and the decoded instructions.
 #include <algorithm>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "lexer.h"
 
@@ -191,7 +192,6 @@ class Body {
   size_t add_shared(size_t bytes, size_t align) {
     const size_t offset = round_up(function_.shared, align);
     function_.shared = offset + bytes;
-    function_.shared_align = std::max(function_.shared_align, align);
     return offset;
   }
 
@@ -207,7 +207,6 @@ class Body {
       if (variable.dynamic) align = std::max(align, variable.align);
     }
     function_.shared = round_up(function_.shared, align);
-    function_.shared_align = std::max(function_.shared_align, align);
     for (auto &name : module_shared_)
       if (module_.shared.at(name.first).dynamic) name.second = function_.shared;
   }
@@ -373,6 +372,9 @@ class Body {
   }
 
   void decode(Instruction &instruction) const {
+    static const std::unordered_set<std::string> quiet = {"add", "and", "bra",  "cvt",  "ld",  "mov", "mul", "nanosleep",
+                                                          "not", "or",  "setp", "selp", "shl", "shr", "sub", "xor"};
+    instruction.quiet = quiet.count(instruction.words[0]) > 0;
     try {
       if (decode_scalar(instruction) || decode_async(instruction) || decode_matrix(instruction)) return;
     } catch (const Error &error) {

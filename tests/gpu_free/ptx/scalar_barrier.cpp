@@ -43,8 +43,6 @@ struct Form {
     if (i.detail[3] < 0) return 0;
     const auto count = static_cast<uint32_t>(w.get(i.operands[static_cast<size_t>(i.detail[3])], lane));
     if (count == 0 || count % 32) w.fail(i, lane, "a barrier of " + std::to_string(count) + " threads, no multiple of 32");
-    if (count > w.block.warps.size() * 32)
-      w.fail(i, lane, "a barrier of " + std::to_string(count) + " threads, more than the block has");
     return count;
   }
   bool predicate(int lane) const {

@@ -7,10 +7,11 @@
 namespace ptx {
 namespace {
 
-constexpr size_t resident = 4;          // blocks at once, of grids that are not cooperative
-constexpr int patience = 4;             // impatient rounds that change nothing before a grid is deadlocked
-constexpr uint32_t fairness = 256;      // every so often, lanes other than those furthest behind go on
-constexpr uint64_t longest_run = 1024;  // instructions before another warp's turn: others may spin on what one has to do
+constexpr size_t resident = 4;              // blocks at once, of grids that are not cooperative
+constexpr int patience = 4;                 // impatient rounds that change nothing before a grid is deadlocked
+constexpr uint32_t fairness = 256;          // every so often, lanes other than those furthest behind go on
+constexpr uint64_t longest_spin = 1 << 26;  // quiet instructions, of all warps in a row, before they are a deadlock
+constexpr uint64_t longest_run = 1024;      // instructions before another warp's turn: others may spin on what one has to do
 
 int first_lane(Lanes lanes) { return __builtin_ctz(lanes); }
 
@@ -22,11 +23,11 @@ void set_pc(Warp &warp, Lanes lanes, int pc) {
   for (; lanes; lanes &= lanes - 1) warp.pc[first_lane(lanes)] = pc;
 }
 
-// Lanes whose guard holds.
+// Lanes whose guard holds. Slots are shared: lanes that are elsewhere may keep anything in this one.
 Lanes guarded(const Warp &warp, const Instruction &instruction, Lanes lanes) {
   const uint64_t *guard = warp.registers.data() + static_cast<size_t>(instruction.guard) * 32;
   Lanes holds = 0;
-  for (int lane = 0; lane < 32; ++lane) holds |= static_cast<Lanes>(guard[lane]) << lane;
+  for (int lane = 0; lane < 32; ++lane) holds |= static_cast<Lanes>(guard[lane] & 1) << lane;
   return lanes & (instruction.guard_negated ? ~holds : holds);
 }
 
@@ -161,7 +162,7 @@ class Scheduler {
   void run_warp(Warp &warp, uint64_t most, bool once) {
     const Instruction *code = grid_.function.code.data();
     uint64_t done = 0, at_last_wait = 0;
-    bool in_vain = false;
+    bool in_vain = false, quiet = true;
     warp.waiting = 0;
     while (done < most && warp.live && !(once && done)) {
       int others = 0;
@@ -177,6 +178,7 @@ class Scheduler {
       for (int pc = warp.pc[first_lane(group)];; ++pc) {
         const Instruction &instruction = code[pc];
         const Lanes lanes = instruction.guard < 0 ? group : guarded(warp, instruction, group);
+        quiet &= instruction.quiet;
         const Outcome outcome = lanes ? instruction.execute(warp, instruction, lanes) : Outcome::next;
         if (outcome == Outcome::next) {
           set_pc(warp, group, pc + 1);
@@ -199,6 +201,8 @@ class Scheduler {
       }
     }
     grid_.instructions += done;
+    quiet_ = quiet ? quiet_ + done : 0;
+    if (quiet_ > longest_spin) deadlock();
     if (done) ++moved_;
     if (in_vain) warp.stalled = moved_;
   }
@@ -246,7 +250,7 @@ class Scheduler {
         char lanes[32];
         std::snprintf(lanes, sizeof lanes, "%08x", group);
         message += "\n  block (" + std::to_string(at[0]) + "," + std::to_string(at[1]) + "," + std::to_string(at[2]) +
-                   "), warp " + std::to_string(warp->index) + ", lanes " + lanes + " wait at line " +
+                   "), warp " + std::to_string(warp->index) + ", lanes " + lanes + " are at line " +
                    std::to_string(instruction.line) + ": " + instruction.text;
       }
     if (listed > 6) message += "\n  and " + std::to_string(listed - 6) + " more";
@@ -262,6 +266,7 @@ class Scheduler {
   uint64_t front_ = 0;
   uint64_t moved_ = 0;  // changes whenever something did that others may wait for
   uint32_t choices_ = 0;
+  uint64_t quiet_ = 0;  // instructions since the last that was not
   int rounds_ = 0;
   uint64_t places_ = 0;
   std::vector<std::vector<uint64_t>> spare_;
