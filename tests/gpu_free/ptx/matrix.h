@@ -63,6 +63,9 @@ inline double decode(int element, uint64_t bits) {
   }
 }
 
+// The elements of 16 bytes, `step` apart.
+void decode_granule(int element, const unsigned char *bytes, double *to, int step);
+
 inline uint64_t encode(int element, double x, bool saturate = false) {
   if (element == f64) return bits_as<uint64_t>(x);
   if (element == f16) return half_from_double(x);

@@ -123,13 +123,8 @@ void granules(Warp &w, const Instruction &in, const Matrix &m, const char *name,
 void load(Warp &w, const Instruction &in, const Matrix &m, const char *name, int type, int first, int rows, double *out,
           int k_stride, int row_stride) {
   granules(w, in, m, name, type, first, rows, [&](int major, int minor, const unsigned char *bytes) {
-    const int step = m.k_major ? k_stride : row_stride;
-    double *to = out + major * step + minor * (m.k_major ? row_stride : k_stride);
-    for (int i = 0; i < 128 / bits_of(type); ++i) {
-      uint64_t element = 0;
-      std::memcpy(&element, bytes + i * bits_of(type) / 8, static_cast<size_t>(bits_of(type) / 8));
-      to[i * step] = decode(type, element);
-    }
+    decode_granule(type, bytes, out + major * (m.k_major ? k_stride : row_stride) + minor * (m.k_major ? row_stride : k_stride),
+                   m.k_major ? k_stride : row_stride);
   });
 }
 
