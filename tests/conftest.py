@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from typing import Any
 
 import on_device
@@ -16,6 +17,20 @@ from vqkernels import _native, dispatch
 if os.environ.get("VQKERNELS_REQUIRE_NATIVE") == "1" and (_reason := _native.unavailable()) is not None:
     # Tests are parametrised over what is there: without this, a library that does not load would leave the suite green.
     raise RuntimeError(f"VQKERNELS_REQUIRE_NATIVE=1, but the native library is not available: {_reason}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Inductor compiles into a folder of this session, which the workers of xdist inherit; unless one was asked for.
+
+    Its own folder belongs to the user. What it finds there for a graph it takes, also if our operators have come to
+    lay out their results differently since: then a test fails because of another version, tested earlier or beside it.
+    """
+    # One process compiles what several want, and the others wait: on a busy machine for more than the usual 600 s.
+    os.environ.setdefault("TORCHINDUCTOR_FILE_LOCK_TIMEOUT", "3600")
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="vqkernels-inductor-", ignore_cleanup_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def available_backends() -> list[str]:

@@ -70,37 +70,6 @@ PackedHead plan(const vqk_codes *codebook, const Kernels *kernels) {
   return head;
 }
 
-// Centre and scale come from a sample: any centre and any power of two are correct, these make the bound tight.
-int32_t choose_units(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head) {
-  const int64_t k = head->num_codes, d = head->dim, sample = k < 128 ? k : 128;
-  float *centre = head_centre(head);
-  double *sum = static_cast<double *>(std::calloc(static_cast<size_t>(d) + 1, sizeof(double)));
-  if (sum == nullptr) return fail(VQK_NO_MEMORY, "no memory for %lld dims", (long long)d);
-  const auto for_each = [&](const auto &visit) {
-    for (int64_t i = 0; i < sample; ++i) {
-      const int64_t at = head_index * codebook->stride[0] + i * k / sample * codebook->stride[1];
-      for (int64_t j = 0; j < d; ++j) visit(j, load_element(codebook->data, codebook->dtype, at + j));
-    }
-  };
-  if (metric == VQK_L2) {
-    for_each([&](int64_t j, double value) { sum[j] += std::fabs(value) < 1e30 ? value : 0.0; });
-    for (int64_t j = 0; j < d; ++j) centre[j] = static_cast<float>(sum[j] / static_cast<double>(sample));
-  }
-  std::free(sum);
-  double largest = 0;
-  for_each([&](int64_t j, double value) {
-    const double distance = std::fabs(value - static_cast<double>(centre[j]));
-    if (distance < 1e150 && distance > largest) largest = distance;
-  });
-  int exponent = 0;
-  if (largest > 0) std::frexp(largest, &exponent);
-  head->scale = metric == VQK_COSINE ? 1.0 : std::ldexp(1.0, -exponent);
-  head->row_scale = metric == VQK_L2 ? head->scale : 1.0;
-  // Squares of such distances underflow even in float64, and what underflows ties: only the decision knows.
-  head->scan = metric == VQK_L2 && head->scale > 0x1p470 ? 1 : 0;
-  return VQK_OK;
-}
-
 // A code that repeats an earlier one can never win: take it out of the screen. Without this, a collapsed codebook (thousands of
 // dead codes at one place) makes every row decide thousands of exact ties.
 int32_t drop_duplicates(const vqk_codes *codebook, int64_t head_index, const uint64_t *keys, const Kernels *kernels,
@@ -113,9 +82,10 @@ int32_t drop_duplicates(const vqk_codes *codebook, int64_t head_index, const uin
   const size_t row_bytes = static_cast<size_t>(head->dim) * dtype_size(codebook->dtype);
   const auto row = [&](int64_t k) {
     return offset(static_cast<const void *>(codebook->data), codebook->dtype,
-                  head_index * codebook->stride[0] + k * codebook->stride[1]);
+                  head_index * codebook->stride[0] + code_at(head, k) * codebook->stride[1]);
   };
   constexpr int kProbes = 16;  // giving up is correct, only slower
+  // By places; equal codes stand in ascending order.
   for (int64_t k = 0; k < head->num_codes; ++k) {
     uint64_t hash = keys[k] * 0x9e3779b97f4a7c15ull;
     hash ^= hash >> 29;
@@ -138,6 +108,7 @@ int32_t drop_duplicates(const vqk_codes *codebook, int64_t head_index, const uin
 int32_t pack_head(const vqk_codes *codebook, int64_t head_index, int32_t metric, const Kernels *kernels, PackedHead *head) {
   std::memset(head_centre(head), 0, static_cast<size_t>(head->bias - head->centre));
   if (const int32_t status = choose_units(codebook, head_index, metric, head)) return status;
+  if (const int32_t status = order_codes(codebook, head_index, metric, head)) return status;
   constexpr size_t kPerBlock = sizeof(GroupBound) + kCodes * sizeof(uint64_t) + sizeof(int32_t);
   GroupBound *block_bounds = static_cast<GroupBound *>(std::malloc(static_cast<size_t>(head->blocks) * kPerBlock));
   if (block_bounds == nullptr) return fail(VQK_NO_MEMORY, "no memory for the bounds of %lld codes", (long long)head->num_codes);

@@ -43,7 +43,8 @@ struct PackedHead {
   double row_scale;  // of the rows: the same for l2, 1 otherwise
   float reach;       // max |e'| over the head
   int32_t scan;      // 1: no usable bound, decide every pair in float64
-  int32_t pad[2];
+  int32_t ordered;   // 1: codes are packed in the order of head_order()
+  int32_t pad;
 };
 
 VQK_INLINE float *head_floats(const PackedHead *head, int64_t offset) {
@@ -56,6 +57,10 @@ VQK_INLINE GroupBound *head_bounds(const PackedHead *head) {
   return reinterpret_cast<GroupBound *>(head_floats(head, head->bounds));
 }
 VQK_INLINE double *head_norms(const PackedHead *head) { return reinterpret_cast<double *>(head_floats(head, head->norms)); }
+// In the place of the norms, which only "cosine" needs.
+VQK_INLINE int64_t *head_order(const PackedHead *head) { return reinterpret_cast<int64_t *>(head_floats(head, head->norms)); }
+// The code that is packed at `place`.
+VQK_INLINE int64_t code_at(const PackedHead *head, int64_t place) { return head->ordered ? head_order(head)[place] : place; }
 VQK_INLINE uint32_t *head_codes(const PackedHead *head) { return reinterpret_cast<uint32_t *>(head_floats(head, head->codes)); }
 
 // Rows that are searched together, and the scratch they need.
@@ -93,6 +98,10 @@ struct Direct {
   int64_t *indices;
   float *score;
 };
+
+// nearest_units.cpp: the centre and the scale of one head, and the order of its codes.
+int32_t choose_units(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head);
+int32_t order_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric, PackedHead *head);
 
 struct Kernels {
   int dims_per_step, step_multiple, lanes, row_tile, block_rows;

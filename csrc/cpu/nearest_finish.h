@@ -108,7 +108,7 @@ VQK_INLINE float *strip_at(const Block *block, int lanes, int64_t tile, int64_t 
 }
 
 // `P::candidates(block, tile, threshold, emit)` refines the groups that can hold the winner of a tile of rows and calls
-// emit(row, code) for each code whose screened score reaches the threshold.
+// emit(row, place) for each packed code whose screened score reaches the threshold.
 template <class P>
 void finish_block(Block *block) {
   const PackedHead *head = block->head;
@@ -134,8 +134,8 @@ void finish_block(Block *block) {
       else if (block->precision == VQK_EXACT)
         threshold[r] -= 2 * block->row_offset[tile + r] + 0x1p-19f * std::fabs(threshold[r]);
     }
-    P::candidates(block, tile, threshold, [&](int64_t row, int64_t code) {
-      if (code < head->num_codes) push<P>(block, &pairs, row, code);
+    P::candidates(block, tile, threshold, [&](int64_t row, int64_t place) {
+      if (place < head->num_codes) push<P>(block, &pairs, row, code_at(head, place));
     });
     for (int r = 0; r < P::lanes && tile + r < block->rows; ++r)
       if (block->row_scan[tile + r] || head->scan)

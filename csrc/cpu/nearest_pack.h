@@ -117,6 +117,7 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
       if (metric == VQK_COSINE && c % 8 == 0 && k < head->num_codes)
         code_norms<P>(codebook, head_index, k, copies, head_norms(head) + k);
       bool usable = k < head->num_codes;
+      const int64_t given = usable ? code_at(head, k) : k;
       Quantised code = {0, 0, 0};
       if (usable) {
         double scale = head->scale;
@@ -126,13 +127,13 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
           // Squares that underflow make the norm, and so the decision, differ from the direction of the code.
           if (norm > 0 && !(norm > 1e-140)) scan = 1;
         }
-        const void *row = code_row(codebook, head_index, k, copies);
+        const void *row = code_row(codebook, head_index, given, copies);
         if (codebook->dtype == VQK_F64)
           code = quantise_row<P>(static_cast<const double *>(row), head_centre(head), zeros, scale, dim, values, elements);
         else
           code = quantise_row<P>(static_cast<const float *>(row), head_centre(head), zeros, scale, dim, values, elements);
         if (!(code.square < 1e36f) || !(code.error < 1e36f)) {
-          scan |= needs_scan(codebook, head_index, k, metric);
+          scan |= needs_scan(codebook, head_index, given, metric);
           usable = false;
           code.factor = 0;
         }

@@ -10,7 +10,7 @@ import torch
 from shapes import check, search
 from torch import Tensor
 
-from vqkernels.ops.nearest import METRICS
+from vqkernels.ops.nearest import METRICS, nearest
 from vqkernels.testing import oracle_nearest
 
 Data = tuple[Tensor, Tensor]
@@ -137,6 +137,25 @@ def half_a_codebook_far_away() -> Data:
     return x, codes
 
 
+def codes_of_many_lengths(codes: int, dim: int) -> Data:
+    """Sums divided by what a codec calls their usage, some of it next to nothing; codes of all lengths are repeated."""
+    x, codebook = normal(150, codes, dim)
+    generator = torch.Generator().manual_seed(7)
+    usage = torch.empty(codes, 1).exponential_(generator=generator)
+    usage[torch.randperm(codes, generator=generator)[: codes // 10]] = 0
+    codebook /= usage.clamp(min=1e-5)
+    third = codes // 3
+    codebook[-third:] = codebook[:third].flip(0)
+    x[::5] = codebook[torch.randint(codes, (30,), generator=generator)]
+    return x, codebook
+
+
+def few_short_codes() -> Data:
+    x, codes = normal(100, 400, 24)
+    codes[torch.arange(400) % 8 > 0] *= 1e5
+    return x, codes
+
+
 def beyond_float32() -> Data:
     """Codes that are equal in float32 and different in float64."""
     x, codes = normal(63, 1, 16, torch.float64)
@@ -215,6 +234,9 @@ DATA: dict[str, Callable[[], Data]] = {
     "clusters": lambda: clustered(1e-3, 65),
     "signed zeros": signed_zeros,
     "half a codebook far away": half_a_codebook_far_away,
+    "codes of many lengths": lambda: codes_of_many_lengths(1000, 40),
+    "codes of many lengths, few dims": lambda: codes_of_many_lengths(9000, 5),
+    "few short codes among long ones": few_short_codes,
 }
 
 
@@ -249,6 +271,17 @@ def test_a_few_rows_are_exact(isa: str, metric: str, name: str) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_reference_is_exact(metric: str, name: str) -> None:
     check(*prepared(name), metric, "reference", answer(name, metric))
+
+
+def test_heads_of_one_length_and_of_many(isa: str) -> None:
+    """Each head has an order of its own."""
+    x, codes = torch.randn(3, 1, 63, 24), torch.randn(3, 300, 24)
+    codes[1, ::3] *= 1e5
+    indices, score = nearest(x, codes, "l2", "exact", "native")
+    for h in range(3):
+        index, value = oracle_nearest(x[h, 0], codes[h], "l2")
+        assert indices[h, 0].equal(index)
+        assert score[h, 0].equal(value)
 
 
 NAN, INF = float("nan"), float("inf")
