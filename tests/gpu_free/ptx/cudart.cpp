@@ -90,6 +90,11 @@ struct Failure {
 };
 thread_local Failure last{cudaSuccess, ""};
 
+// For vqk_last_error(), which has room for 512 bytes: where it happened is at the start, why at the end.
+std::string shortened(const std::string &text) {
+  return text.size() < 420 ? text : text.substr(0, 220) + " [...] " + text.substr(text.size() - 190);
+}
+
 // Runs a function of the API; what it throws is the last error.
 template <class Body>
 cudaError_t guarded(const Body &body) {
@@ -100,7 +105,7 @@ cudaError_t guarded(const Body &body) {
   } catch (const Failure &e) {
     last = e;
   } catch (const std::exception &e) {
-    last = {cudaErrorLaunchFailure, e.what()};
+    last = {cudaErrorLaunchFailure, shortened(e.what())};
   }
   return last.status;
 }
