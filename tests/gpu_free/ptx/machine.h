@@ -203,7 +203,8 @@ struct Block {
   // `bytes` bytes at an offset of shared memory, for reading or writing by an instruction of `warp`.
   unsigned char *shared_at(const Warp &, const Instruction &, int lane, uint64_t offset, size_t bytes, size_t align);
 
-  // State that async.cpp and matrix.cpp keep per block.
+  // State that scalar_barrier.cpp, async.cpp and matrix.cpp keep per block.
+  std::shared_ptr<struct BarrierState> barriers = {};
   std::shared_ptr<struct AsyncState> async = {};
   std::shared_ptr<struct MatrixState> matrix = {};
 };
