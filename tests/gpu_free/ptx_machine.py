@@ -86,13 +86,14 @@ class Module:
     """The kernels of a PTX text."""
 
     def __init__(self, text: str) -> None:
+        self._unload = library().ptx_unload
         self._handle = library().ptx_load(text.encode())
         if not self._handle:
             raise PtxError(library().ptx_error().decode())
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
-            library().ptx_unload(self._handle)
+            self._unload(self._handle)
 
     def kernels(self) -> list[str]:
         """Their names, as in the text."""

@@ -386,7 +386,7 @@ def test_deadlock_says_who_waits_where() -> None:
     body = """
         setp.lt.u32 %p1, %r0, 32;
         @%p1 bra two;
-        bar.sync 1, 96;
+        bar.sync 1, 64;
         bra.uni end;
     two:
         bar.sync 2, 64;
@@ -400,7 +400,7 @@ def test_deadlock_says_who_waits_where() -> None:
         "0, lanes ffffffff wait",
         "1, lanes ffffffff wait",
     ]
-    assert {line.split(": ")[1] for line in lines[1:]} == {"bar.sync 1, 96", "bar.sync 2, 64"}
+    assert {line.split(": ")[1] for line in lines[1:]} == {"bar.sync 1, 64", "bar.sync 2, 64"}
 
 
 @pytest.mark.parametrize(

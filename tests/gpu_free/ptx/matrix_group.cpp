@@ -241,6 +241,7 @@ Outcome wait_group(Warp &w, const Instruction &in, Lanes lanes) {
   uint64_t due = mine.done;
   for (const auto &product : mine.products) due += product.group + but < mine.committed;
   mine.run_until(due);
+  if (mine.products.empty()) w.block.grid.deferred.finish(reinterpret_cast<uintptr_t>(&mine));  // nothing is left of it
   mine.fenced = false;
   return Outcome::next;
 }

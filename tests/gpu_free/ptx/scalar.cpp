@@ -65,16 +65,24 @@ Type Words::type() {
   return Type::none;
 }
 
+namespace {
+
+void set_float_number(Operand &o, Type type) {
+  for (Operand &item : o.items) set_float_number(item, type);
+  if (o.kind != Operand::number || o.text.empty()) return;
+  const std::string digits = o.text.substr(o.text[0] == '-' ? 1 : 0), prefix = digits.substr(0, 2);
+  const bool single = prefix == "0f" || prefix == "0F";
+  const bool hex = prefix == "0x" || prefix == "0X" || single;
+  const bool wide = prefix == "0d" || prefix == "0D" || (!hex && digits.find_first_of(".eE") != std::string::npos);
+  if (type == Type::f32 && wide) o.bits = to_bits(static_cast<float>(from_bits<double>(o.bits)));
+  if (type == Type::f64 && single) o.bits = to_bits(static_cast<double>(from_bits<float>(o.bits)));
+}
+
+}  // namespace
+
 void set_float_numbers(Instruction &i, Type type) {
   for (Operand &o : i.operands) {
-    if (o.kind != Operand::number || o.text.empty()) continue;
-    const std::string digits = o.text.substr(o.text[0] == '-' ? 1 : 0);
-    const bool hex = digits.compare(0, 2, "0x") == 0 || digits.compare(0, 2, "0X") == 0;
-    const bool single = digits.compare(0, 2, "0f") == 0 || digits.compare(0, 2, "0F") == 0;
-    const bool wide = digits.compare(0, 2, "0d") == 0 || digits.compare(0, 2, "0D") == 0 ||
-                      (!hex && !single && digits.find_first_of(".eE") != std::string::npos);
-    if (type == Type::f32 && wide) o.bits = to_bits(static_cast<float>(from_bits<double>(o.bits)));
-    if (type == Type::f64 && single) o.bits = to_bits(static_cast<double>(from_bits<float>(o.bits)));
+    if (o.kind != Operand::memory) set_float_number(o, type);
   }
 }
 

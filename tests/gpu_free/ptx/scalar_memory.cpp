@@ -133,7 +133,8 @@ Decoded decode_access(Instruction &i, bool loads, Words &words) {
   if (i.operands.size() < 2) return {};
   const Operand &memory = i.operands[loads ? 1 : 0], &value = i.operands[loads ? 0 : 1];
   if (memory.kind != Operand::memory) return {};
-  if (vector < 0 ? value.kind == Operand::vector : value.kind != Operand::vector || value.items.size() != count) return {};
+  // Triton writes a single value as a vector of one.
+  if ((value.kind == Operand::vector ? value.items.size() : 1) != count) return {};
   if (!loads) set_float_numbers(i, t);
   const size_t operands = policy ? 3 : 2;
   switch (bits_of(t)) {
