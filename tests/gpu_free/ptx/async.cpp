@@ -65,7 +65,7 @@ bool all_arrived(Block &block) {
 Outcome cluster_arrive(Warp &w, const Instruction &in, Lanes lanes) {
   if (in.detail[0] && lanes != w.live) return Outcome::wait;
   AsyncState &state = async_state(w.block);
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     uint64_t &mine = state.generation_of[static_cast<size_t>(w.thread(lane))];
     if (mine) w.fail(in, lane, "arrives a second time before it waits");
     mine = state.generation;
@@ -79,18 +79,18 @@ Outcome cluster_wait(Warp &w, const Instruction &in, Lanes lanes) {
   if (in.detail[0] && lanes != w.live) return Outcome::wait;
   AsyncState &state = async_state(w.block);
   bool ready = true;
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     const uint64_t mine = state.generation_of[static_cast<size_t>(w.thread(lane))];
     if (!mine) w.fail(in, lane, "waits without having arrived");
     ready &= mine < state.generation || (all_arrived(w.block) && mine < state.generation);
   });
   if (!ready) return Outcome::wait;
-  each(lanes, [&](int lane) { state.generation_of[static_cast<size_t>(w.thread(lane))] = 0; });
+  for_lanes(lanes, [&](int lane) { state.generation_of[static_cast<size_t>(w.thread(lane))] = 0; });
   return Outcome::next;
 }
 
 Outcome mapa(Warp &w, const Instruction &in, Lanes lanes) {
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     if (w.get(in.operands[2], lane)) w.fail(in, lane, "there is no such block in the cluster");
     w.set(in.operands[0], lane, w.get(in.operands[1], lane));
   });

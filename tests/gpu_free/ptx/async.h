@@ -68,7 +68,7 @@ inline bool has(const Instruction &in, const char *word) {
 }
 
 template <class F>
-void each(Lanes lanes, F f) {
+void for_lanes(Lanes lanes, F f) {
   for (int lane = 0; lane < 32; ++lane)
     if (lanes >> lane & 1) f(lane);
 }

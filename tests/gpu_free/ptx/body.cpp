@@ -1,6 +1,7 @@
 // The body of a kernel: registers and variables of nested scopes, labels, and the decoded instructions.
 #include <algorithm>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "lexer.h"
 
@@ -373,6 +374,9 @@ class Body {
   }
 
   void decode(Instruction &instruction) const {
+    static const std::unordered_set<std::string> quiet = {"add", "and", "bra",  "cvt",  "ld",  "mov", "mul", "nanosleep",
+                                                          "not", "or",  "setp", "selp", "shl", "shr", "sub", "xor"};
+    instruction.quiet = quiet.count(instruction.words[0]) > 0;
     try {
       if (decode_scalar(instruction) || decode_async(instruction) || decode_matrix(instruction)) return;
     } catch (const Error &error) {

@@ -32,7 +32,7 @@ std::shared_ptr<Pending> issue(Warp &w, Queue *queue, const uint32_t *committed,
 void wait_for(Warp &w, Queue &queue, const uint32_t *committed, Lanes lanes, int64_t but) {
   for (auto &pending : queue) {
     bool due = false;
-    each(lanes & pending->lanes, [&](int lane) {
+    for_lanes(lanes & pending->lanes, [&](int lane) {
       due |= but < 0 || static_cast<int64_t>(pending->group[lane]) < static_cast<int64_t>(committed[lane]) - but;
     });
     if (due && !pending->done) w.block.grid.deferred.finish(reinterpret_cast<uintptr_t>(pending.get()));
@@ -54,7 +54,7 @@ Outcome copy(Warp &w, const Instruction &in, Lanes lanes) {
   };
   const size_t size = static_cast<size_t>(in.detail[bytes]);
   auto parts = std::make_shared<std::vector<Part>>();
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     const uint64_t from = w.address(in.operands[1], lane);
     size_t taken = size;
     if (in.detail[control] == 1) taken = static_cast<uint32_t>(w.get(in.operands[3], lane));
@@ -79,7 +79,7 @@ Outcome copy(Warp &w, const Instruction &in, Lanes lanes) {
 
 Outcome commit(Warp &w, const Instruction &in, Lanes lanes) {
   auto &mine = issued(w);
-  each(lanes, [&](int lane) { ++(in.detail[bulk] ? mine.bulk_committed : mine.committed)[lane]; });
+  for_lanes(lanes, [&](int lane) { ++(in.detail[bulk] ? mine.bulk_committed : mine.committed)[lane]; });
   return Outcome::next;
 }
 
@@ -106,7 +106,7 @@ Outcome arrive_after(Warp &w, const Instruction &in, Lanes lanes) {
   auto &mine = issued(w);
   Warp *warp = &w;
   const Instruction *instruction = &in;
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     const size_t offset = shared_offset(w, in, lane, w.address(in.operands[0], lane), 8, 8);
     barrier_at(w, in, lane, offset);
     if (!has(in, "noinc")) expect_arrival(w, in, lane, offset);
@@ -147,7 +147,7 @@ Outcome bulk_in(Warp &w, const Instruction &in, Lanes lanes) {
   async_state(w.block);
   Warp *warp = &w;
   const Instruction *instruction = &in;
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     const size_t size = bulk_size(w, in, lane);
     const size_t to = shared_offset(w, in, lane, w.address(in.operands[0], lane), size, 16);
     uint64_t from = w.address(in.operands[1], lane);
@@ -173,7 +173,7 @@ Outcome bulk_out(Warp &w, const Instruction &in, Lanes lanes) {
   auto &mine = issued(w);
   Warp *warp = &w;
   const Instruction *instruction = &in;
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     const size_t size = bulk_size(w, in, lane);
     const uint64_t to = w.address(in.operands[0], lane);
     check_global(w, in, lane, to);

@@ -102,7 +102,8 @@ struct Instruction {
   std::vector<Operand> operands;   // a call's or wgmma's flags are operands like others
   int guard = -1;                  // slot of the predicate, or -1
   bool guard_negated = false;
-  int line = 0;  // of the module's text
+  bool quiet = false;  // changes nothing but registers: a loop of only such ones waits for others
+  int line = 0;        // of the module's text
   std::string text;
   Execute execute = nullptr;
   // What the decoder made of `words`, for speed: their meaning is the decoder's own.

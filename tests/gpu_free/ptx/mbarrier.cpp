@@ -32,7 +32,7 @@ size_t offset_of(Warp &w, const Instruction &in, int lane, const Operand &addres
 uint64_t token(const Barrier &b) { return b.phase << 20 | b.pending; }
 
 Outcome init(Warp &w, const Instruction &in, Lanes lanes) {
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     const size_t offset = offset_of(w, in, lane, in.operands[0]);
     const uint64_t count = w.get(in.operands[1], lane);
     if (count < 1 || count > most) w.fail(in, lane, "an mbarrier expects 1 to 2^20 - 1 arrivals, not " + std::to_string(count));
@@ -46,7 +46,7 @@ Outcome init(Warp &w, const Instruction &in, Lanes lanes) {
 }
 
 Outcome invalidate(Warp &w, const Instruction &in, Lanes lanes) {
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     const size_t offset = offset_of(w, in, lane, in.operands[0]);
     barrier_at(w, in, lane, offset);
     async_state(w.block).barriers.erase(offset);
@@ -55,7 +55,7 @@ Outcome invalidate(Warp &w, const Instruction &in, Lanes lanes) {
 }
 
 Outcome transactions(Warp &w, const Instruction &in, Lanes lanes) {
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     const size_t offset = offset_of(w, in, lane, in.operands[0]);
     const int64_t bytes = static_cast<uint32_t>(w.get(in.operands[1], lane));
     if (in.detail[completes]) {
@@ -72,7 +72,7 @@ Outcome transactions(Warp &w, const Instruction &in, Lanes lanes) {
 
 // arrive and arrive_drop, with their variants.
 Outcome arrive_instruction(Warp &w, const Instruction &in, Lanes lanes) {
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     const size_t offset = offset_of(w, in, lane, in.operands[1]);
     Barrier &b = barrier_at(w, in, lane, offset);
     uint32_t count = 1;
@@ -109,7 +109,7 @@ bool complete(Warp &w, const Instruction &in, int lane) {
 }
 
 Outcome test_wait(Warp &w, const Instruction &in, Lanes lanes) {
-  each(lanes, [&](int lane) { w.set(in.operands[0], lane, complete(w, in, lane)); });
+  for_lanes(lanes, [&](int lane) { w.set(in.operands[0], lane, complete(w, in, lane)); });
   return Outcome::next;
 }
 
@@ -117,7 +117,7 @@ Outcome try_wait(Warp &w, const Instruction &in, Lanes lanes) {
   Grid &grid = w.block.grid;
   bool all = true, first = false;
   bool done[32] = {};
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     done[lane] = complete(w, in, lane);
     all &= done[lane];
     first |= !w.ticket[lane];
@@ -126,7 +126,7 @@ Outcome try_wait(Warp &w, const Instruction &in, Lanes lanes) {
   // It may give up early, and does so sometimes: who does not ask again is found out.
   const bool hasty = first && grid.deferred.random && next_random(grid.random) % 8 == 0;
   if (!all && !hasty && !grid.impatient) return Outcome::wait;
-  each(lanes, [&](int lane) {
+  for_lanes(lanes, [&](int lane) {
     w.ticket[lane] = 0;
     w.set(in.operands[0], lane, done[lane]);
   });
@@ -134,7 +134,7 @@ Outcome try_wait(Warp &w, const Instruction &in, Lanes lanes) {
 }
 
 Outcome pending_count(Warp &w, const Instruction &in, Lanes lanes) {
-  each(lanes, [&](int lane) { w.set(in.operands[0], lane, w.get(in.operands[1], lane) & most); });
+  for_lanes(lanes, [&](int lane) { w.set(in.operands[0], lane, w.get(in.operands[1], lane) & most); });
   return Outcome::next;
 }
 

@@ -169,7 +169,7 @@ Pred is_nan(F a) {
 }
 template <class F>
 Pred is_normal(F a) {
-  return {std::isnormal(a)};
+  return {std::isnormal(a) || a == 0};  // zeros count as normal
 }
 template <class F>
 Pred is_subnormal(F a) {

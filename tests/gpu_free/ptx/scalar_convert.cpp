@@ -39,7 +39,8 @@ D narrowed(double x, Round round) {
   if constexpr (std::is_same_v<D, double>) {
     return x;
   } else if constexpr (std::is_same_v<D, float>) {
-    return canonical(round == Round::nearest ? static_cast<float>(x) : from_bits<float>(encode<8, 23>(x, round)));
+    // A NaN keeps the upper part of its payload.
+    return round == Round::nearest || x != x ? static_cast<float>(x) : from_bits<float>(encode<8, 23>(x, round));
   } else {
     return D(x, round);
   }

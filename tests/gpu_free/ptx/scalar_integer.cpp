@@ -62,7 +62,8 @@ T product24(T a, T b) {
   const auto cut = [](T x) { return static_cast<int64_t>(static_cast<T>(static_cast<uint32_t>(x) << 8) >> 8); };
   return static_cast<T>((cut(a) * cut(b)) >> shift);
 }
-// Division by zero: PTX leaves the value open, and compilers do divide by zero where nothing uses the result.
+// Division by zero: PTX leaves the value open, and compilers do divide by zero where nothing uses the result. All ones is
+// what ptxas makes of quotient and remainder.
 template <class T>
 struct Div {
   static T f(T a, T b) {
@@ -74,7 +75,7 @@ struct Div {
 template <class T>
 struct Rem {
   static T f(T a, T b) {
-    if (b == 0) return a;
+    if (b == 0) return static_cast<T>(-1);
     if (std::is_signed_v<T> && b == static_cast<T>(-1)) return 0;
     return static_cast<T>(a % b);
   }

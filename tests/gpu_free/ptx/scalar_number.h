@@ -81,8 +81,10 @@ struct Small {
     const uint64_t mantissa = bits & ((1u << M) - 1);
     uint64_t wide;
     double result;
-    if (exponent == (1 << E) - 1) {
-      wide = sign | uint64_t{2047} << 52 | mantissa << (52 - M);
+    if (exponent == (1 << E) - 1 && mantissa) {
+      wide = uint64_t{0x7fffffffe0000000};  // the canonical NaN of single precision
+    } else if (exponent == (1 << E) - 1) {
+      wide = sign | uint64_t{2047} << 52;
     } else if (exponent) {
       wide = sign | static_cast<uint64_t>(exponent - bias + 1023) << 52 | mantissa << (52 - M);
     } else {
