@@ -28,7 +28,7 @@ ALL = {
 }
 # And what reaches every kernel, each width and number of panels: a few small tests of all, of the screens on odd sizes,
 # rows that no screen decides and layouts alone.
-SCREENS = "every_row or nan_and_infinity or too_many_candidates or bits_of_the_reference or multiplies"
+SCREENS = "every_row or biases_alone or nan_and_infinity or too_many_candidates or bits_of_the_reference or multiplies"
 OTHERS = "long_rows or 99_kilobytes or gathers or survives or bits_of_the_cpu"
 CHOSEN = {"80": f"({SCREENS} or {OTHERS}) and not sm90", "90a": f"({SCREENS}) and sm90"}
 
@@ -56,9 +56,11 @@ def test_every_kernel_runs_as_it_was_compiled(arch: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(ROUNDS))
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("arch", ALL)
+@pytest.mark.parametrize(
+    ("arch", "path", "number"),
+    [(arch, path, number) for arch in ALL for path in FILES for number in range(ROUNDS)],
+    ids=lambda value: getattr(value, "stem", value),
+)
 def test_emulated(arch: str, path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VQKERNELS_HOST_ROUND", str(number))
     selected = ALL[arch].get(path.stem, "not sm90" if arch == "80" else "test")
