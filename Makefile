@@ -18,7 +18,7 @@ FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp tests/gpu_free/*.cu)
 BUILT_FROM := pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/cuda/CMakeLists.txt $(CPP)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench gpu sanitizer asan wheel clean
+.PHONY: help demo test check format emulate bench gpu sanitizer asan wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -40,6 +40,11 @@ format: $(VENV)/.dev  ## rewrite the sources in the style that `check` wants
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+ROUNDS ?= 3
+
+emulate: $(VENV)/.dev  ## the compiled CUDA kernels, executed from their PTX without a GPU: all tests, ROUNDS=3 orders; minutes
+	VQKERNELS_REQUIRE_CUDA=1 VQKERNELS_EMULATE=$(ROUNDS) $(PYTEST) tests/gpu_free/test_ptx_cuda.py $(ARGS)
 
 bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables and charts (ARGS goes to benchmarks.run)
 	$(BIN)/python -m benchmarks.run $(or $(ARGS),--all)

@@ -1,11 +1,13 @@
 """Builds the CUDA kernels for the host and runs the files hosted_*.py with them; reads what nvcc's library contains.
 
-Called by test_cuda_host.py, test_cuda_library.py and `make asan`. A file hosted_<what>.py holds ordinary tests: in its
-process, ``backend="native"`` sends CPU tensors to the kernels of csrc/cuda, executed by csrc/cuda/host_execution.cpp.
+Called by test_cuda_host.py, test_ptx_cuda.py, test_cuda_library.py and `make asan`. A file hosted_<what>.py holds
+ordinary tests: in its process, ``backend="native"`` sends CPU tensors to the kernels of csrc/cuda, whose source
+csrc/cuda/host_execution.cpp executes, or whose PTX tests/gpu_free/ptx does.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import re
@@ -14,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -21,33 +24,52 @@ from vqkernels import _cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(Path(__file__).parent.glob("hosted_*.py"))
-# Orders of execution: ascending, then three mixtures of random, eager and starving threads.
-SEEDS = (0, 1, 2, 3)
+# Orders of execution: ascending, then three mixtures of random, eager and starving threads; others for each round.
+ROUND = int(os.environ.get("VQKERNELS_HOST_ROUND", "0"))
+SEEDS = (0, 3 * ROUND + 1, 3 * ROUND + 2, 3 * ROUND + 3)
+
+
+def _cmake(source: Path, folder: Path, flags: list[str], targets: list[str]) -> Path:
+    tools = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
+    cmake = shutil.which("cmake", path=environment["PATH"])
+    if cmake is None or shutil.which("c++") is None:
+        pytest.skip("cmake or a C++ compiler is missing")
+    build = ["--build", folder, "--parallel", "2", "--target", *targets]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # for processes that run tests beside this one
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (["-S", source, "-B", folder, *flags], build):
+            done = subprocess.run([cmake, *command], env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+    return folder
 
 
 @functools.cache
 def build(sanitize: bool = False) -> Path:
     """The folder with ``libvqk_cuda_host.so`` and ``vqk_portable_selftest``, up to date."""
     folder = ROOT / "build" / ("cuda_host_asan" if sanitize else "cuda_host")
-    tools = Path(sys.executable).parent
-    cmake = shutil.which("cmake", path=f"{tools}{os.pathsep}{os.environ.get('PATH', '')}")
-    if cmake is None or shutil.which("c++") is None:
-        pytest.skip("cmake or a C++ compiler is missing")
-    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
     flags = [f"-DVQK_SANITIZE={'ON' if sanitize else 'OFF'}", "-DVQK_CUDA_HOST=ON"]
-    targets = ["--target", "vqk_cuda_host", "vqk_portable_selftest"]
-    for command in (["-S", ROOT / "csrc", "-B", folder, *flags], ["--build", folder, "--parallel", "2", *targets]):
-        done = subprocess.run([cmake, *command], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return _cmake(ROOT / "csrc", folder, flags, ["vqk_cuda_host", "vqk_portable_selftest"])
 
 
-def run_hosted(path: Path) -> str:
-    """Run the tests of a file on the host-executed kernels; what pytest printed."""
-    library = str(build() / "libvqk_cuda_host.so")
-    environment = os.environ | {"VQKERNELS_CUDA_LIBRARY": library, "OMP_NUM_THREADS": "1"}
+@functools.cache
+def build_ptx(arch: str) -> Path:
+    """The library whose kernels are nvcc's PTX for ``arch``, "80" or "90a", executed on the host; up to date."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    if nvcc is None:
+        missing("there is no nvcc (looked on the path, in /usr/local/cuda and at CUDACXX)")
+    flags = [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    target = f"vqk_cuda_ptx{arch}"
+    folder = _cmake(ROOT / "tests/gpu_free/ptx/library", ROOT / "build" / "ptx_cuda", flags, [target])
+    return folder / f"lib{target}.so"
+
+
+def run_hosted(library: Path, *arguments: str | Path, run: tuple[str, ...] = ("-m", "pytest")) -> str:
+    """Run hosted tests on a library's kernels; what pytest, or what else starts it, printed."""
+    environment = os.environ | {"VQKERNELS_CUDA_LIBRARY": str(library), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path)]
+    command = [sys.executable, *run, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
@@ -91,14 +113,19 @@ class Kernel:
     local: int
 
 
+def missing(what: str) -> NoReturn:
+    """Skip, or fail with ``VQKERNELS_REQUIRE_CUDA=1``."""
+    if os.environ.get("VQKERNELS_REQUIRE_CUDA") == "1":
+        pytest.fail(f"VQKERNELS_REQUIRE_CUDA is set, and {what}")
+    pytest.skip(what)
+
+
 def installed() -> Path:
     """The library that nvcc built, or a skip (a failure with ``VQKERNELS_REQUIRE_CUDA=1``)."""
     try:
         return _cuda.path()
     except OSError as e:
-        if os.environ.get("VQKERNELS_REQUIRE_CUDA") == "1":
-            pytest.fail(f"VQKERNELS_REQUIRE_CUDA is set, and {e}")
-        pytest.skip(str(e))
+        missing(str(e))
 
 
 def cuobjdump(*arguments: str) -> str:

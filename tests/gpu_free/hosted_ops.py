@@ -88,8 +88,9 @@ def test_codebook_sum_survives_a_code_that_owns_most_rows(n: int, k: int, d: int
     indices = torch.randint(-1, k, (1, 1, n))
     indices[:, :, : int(share * n)] = k - 1
     indices = indices[:, :, torch.randperm(n)]
-    x = torch.randn(1, 1, n, d)
-    assert same(ops.codebook_sum(x, indices, k, "native"), ops.codebook_sum(x, indices, k, "reference"))
+    for dtype in (torch.float32, torch.float64) if n < 300 else (torch.float32,):
+        x = torch.randn(1, 1, n, d, dtype=dtype)
+        assert same(ops.codebook_sum(x, indices, k, "native"), ops.codebook_sum(x, indices, k, "reference"))
 
 
 def test_codebook_sum_without_rows_is_zero() -> None:

@@ -48,6 +48,14 @@ def test_screens_pass(screen: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("screen", [SM80, SM90], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("layout", _cuda_selftest.LAYOUTS, ids=str)
+def test_every_layout_multiplies(layout: tuple[int, int], screen: int) -> None:
+    from benchmarks import gpu_blocks
+
+    assert gpu_blocks.check(CPU, screen, *layout) is None
+
+
+@pytest.mark.parametrize("screen", [SM80, SM90], ids=["sm80", "sm90"])
 def test_sums_that_are_cut_off_too_early_fail(screen: int, monkeypatch: pytest.MonkeyPatch) -> None:
     products = _cuda_selftest.products
 

@@ -18,4 +18,4 @@ def test_missing_barriers_and_waits_show_up_in_every_order() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_hosted(path: Path) -> None:
-    assert " passed" in run_hosted(path)
+    assert " passed" in run_hosted(build() / "libvqk_cuda_host.so", path)
