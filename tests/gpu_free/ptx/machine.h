@@ -31,24 +31,58 @@ using Error = std::runtime_error;
 
 struct Operand {
   enum Kind : uint8_t {
-    nothing,   // "_"
-    reg,       // slot
-    number,    // bits: an immediate (floats as their bits), the address of a symbol
-    special,   // slot: a Special
-    memory,    // [base + bits]: items[0] is the base (a reg or a number)
-    vector,    // {a, b, ...}: items
-    label,     // slot: index of an instruction
+    nothing,  // "_"
+    reg,      // slot
+    number,   // bits: an immediate (floats as their bits, "1.0" as a double's), the address of a symbol
+    special,  // slot: a Special
+    memory,   // [base + bits]: items[0] is the base (a reg or a number); [base, {x, y}]: items[1] is the vector
+    vector,   // {a, b, ...}, and a|b of setp, shfl, elect: items
+    label,    // slot: index of an instruction; of brx, a vector of labels
   } kind = nothing;
   bool negated = false;  // "!%p1"
+  uint8_t width = 0;     // of a reg: bits it was declared with, 1 for a predicate; of memory: of its base if that is a reg
   int slot = -1;
   uint64_t bits = 0;
   std::vector<Operand> items;
   std::string text;  // as written
 };
 
-enum Special : int { tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x, nctaid_y, nctaid_z,
-                     laneid, warpid, clock, globaltimer, lanemask_lt, lanemask_le, lanemask_gt, lanemask_ge, lanemask_eq,
-                     dynamic_smem_size, total_smem_size, envreg1, envreg2, specials };  // add as needed
+enum Special : int {
+  tid_x,
+  tid_y,
+  tid_z,
+  ntid_x,
+  ntid_y,
+  ntid_z,
+  ctaid_x,
+  ctaid_y,
+  ctaid_z,
+  nctaid_x,
+  nctaid_y,
+  nctaid_z,
+  laneid,
+  warpid,
+  clock,
+  globaltimer,
+  lanemask_lt,
+  lanemask_le,
+  lanemask_gt,
+  lanemask_ge,
+  lanemask_eq,
+  dynamic_smem_size,
+  total_smem_size,
+  envreg1,
+  envreg2,
+  nwarpid,
+  smid,
+  nsmid,
+  gridid,
+  cluster_rank,
+  cluster_blocks,
+  cluster_ctaid,
+  cluster_nctaid,  // clusters are single blocks
+  specials
+};  // add as needed
 
 struct Warp;
 struct Instruction;
@@ -68,7 +102,7 @@ struct Instruction {
   std::vector<Operand> operands;   // a call's or wgmma's flags are operands like others
   int guard = -1;                  // slot of the predicate, or -1
   bool guard_negated = false;
-  int line = 0;                    // of the module's text
+  int line = 0;  // of the module's text
   std::string text;
   Execute execute = nullptr;
   // What the decoder made of `words`, for speed: their meaning is the decoder's own.
@@ -93,14 +127,20 @@ struct Function {
   size_t shared = 0;              // bytes of static shared memory, laid out before dynamic memory
   size_t shared_align = 16;
   size_t local = 0;
-  int max_threads = 1024;         // .maxntid or .reqntid
+  int max_threads = 1024;     // .maxntid or .reqntid
+  uint32_t required[3] = {};  // .reqntid
 };
 struct Module {
-  std::string text, target;                  // "sm_90a"
-  std::map<std::string, size_t> where;       // kernels: where each starts in `text`
-  std::map<std::string, Function> functions; // parsed on demand: nearest's PTX has 64000 lines
-  std::map<std::string, uint64_t> globals;   // .global and .const symbols: addresses in `memory`
+  std::string text, target;                   // "sm_90a"
+  std::map<std::string, size_t> where;        // kernels: where each starts in `text`
+  std::map<std::string, Function> functions;  // parsed on demand: nearest's PTX has 64000 lines
+  std::map<std::string, uint64_t> globals;    // .global and .const symbols: addresses in `memory`
   std::deque<std::vector<uint64_t>> memory;
+  struct SharedVariable {
+    size_t bytes, align;
+    bool dynamic;
+  };
+  std::map<std::string, SharedVariable> shared;  // those declared outside of kernels
 
   explicit Module(std::string text);
   const Function &function(const std::string &name);
@@ -117,43 +157,55 @@ struct Block;
 
 struct Warp {
   Block &block;
-  int index;                    // in its block
-  Lanes live = 0;               // lanes that exist and have not exited
+  int index;       // in its block
+  Lanes live = 0;  // lanes that exist and have not exited
   int pc[32] = {};
-  std::vector<uint64_t> registers;  // [slot * 32 + lane]; narrow values are zero-extended, predicates are 0 or 1
-  uint32_t ticket[32] = {};     // free use of an instruction that waits: what the lane did on its first try; 0 otherwise
+  std::vector<uint64_t> registers = {};  // [slot * 32 + lane]; narrow values are zero-extended, predicates are 0 or 1
+  // The scheduler's: lanes that tried and have to wait; `moved` of the grid when all of them did.
+  Lanes waiting = 0;
+  uint64_t stalled = 0;
+  uint32_t ticket[32] = {};  // free use of an instruction that waits: what the lane did on its first try; 0 otherwise
 
   uint64_t &at(int slot, int lane) { return registers[static_cast<size_t>(slot) * 32 + static_cast<size_t>(lane)]; }
   // Value of a reg, number or special.
-  uint64_t get(const Operand &o, int lane) const;
-  void set(const Operand &o, int lane, uint64_t bits);  // ignores "_"
+  uint64_t get(const Operand &o, int lane) const {
+    if (o.kind == Operand::reg) return registers[static_cast<size_t>(o.slot) * 32 + static_cast<size_t>(lane)];
+    return o.kind == Operand::number ? o.bits : special(o, lane);
+  }
+  void set(const Operand &o, int lane, uint64_t bits) {  // ignores "_"
+    if (o.kind == Operand::reg) at(o.slot, lane) = bits;
+  }
+  uint64_t special(const Operand &o, int lane) const;
   // base + offset of a memory operand, as its space counts (shared: from the start of the block's).
-  uint64_t address(const Operand &o, int lane) const;
+  uint64_t address(const Operand &o, int lane) const {
+    const uint64_t address = get(o.items[0], lane) + o.bits;
+    return o.width == 32 ? static_cast<uint32_t>(address) : address;
+  }
   int thread(int lane) const { return index * 32 + lane; }
-  // An Error that names this instruction and lane.
+  // An Error that names this instruction and lane (-1: all of the warp).
   [[noreturn]] void fail(const Instruction &, int lane, const std::string &why) const;
 };
 
 // Bytes of a block's shared memory, checked: alignment to `bytes`, bounds. Offsets may be generic addresses in the window.
 struct Shared {
-  std::vector<unsigned char> bytes;     // 0xff at the start of a block
-  std::vector<uint8_t> unfenced;        // per 16 bytes: written by ordinary stores, no fence.proxy.async since
+  std::vector<unsigned char> bytes;  // 0xff at the start of a block
+  std::vector<uint8_t> unfenced;     // per 16 bytes: written by ordinary stores, no fence.proxy.async since
 };
 
 struct Block {
   Grid &grid;
-  uint32_t index[3];
-  std::vector<std::unique_ptr<Warp>> warps;
-  Shared shared;
-  std::vector<unsigned char> local;     // function.local bytes per thread
+  uint32_t index[3] = {};
+  std::vector<std::unique_ptr<Warp>> warps = {};
+  Shared shared = {};
+  std::vector<unsigned char> local = {};  // function.local bytes per thread
   int threads = 0, exited = 0;
 
   // `bytes` bytes at an offset of shared memory, for reading or writing by an instruction of `warp`.
   unsigned char *shared_at(const Warp &, const Instruction &, int lane, uint64_t offset, size_t bytes, size_t align);
 
   // State that async.cpp and matrix.cpp keep per block.
-  std::shared_ptr<struct AsyncState> async;
-  std::shared_ptr<struct MatrixState> matrix;
+  std::shared_ptr<struct AsyncState> async = {};
+  std::shared_ptr<struct MatrixState> matrix = {};
 };
 
 // Asynchronous work of a grid: done at a moment that the seed chooses, at the latest when nothing else can move, or when
@@ -162,12 +214,12 @@ class Deferred {
  public:
   void add(uint64_t key, std::function<void()> work);
   void finish(uint64_t key);
-  bool some();   // does one piece of the work, chosen by the seed; false if there is none
+  bool some();  // does one piece of the work, chosen by the seed; false if there is none
   void all();
   size_t count() const;
 
-  std::map<uint64_t, std::deque<std::function<void()>>> work;
-  uint64_t *random = nullptr;
+  std::map<uint64_t, std::deque<std::function<void()>>> work = {};
+  uint64_t *random = nullptr;  // of the grid; null: at once
 };
 
 struct Grid {
@@ -176,17 +228,20 @@ struct Grid {
   uint32_t size[3], block_size[3];
   size_t dynamic_shared;
   bool cooperative;
-  std::vector<unsigned char> parameters;
-  std::vector<std::unique_ptr<Block>> blocks;  // those that are resident
-  Deferred deferred;
-  uint64_t random;             // state of the generator: next_random(random)
+  std::vector<unsigned char> parameters = {};
+  std::vector<std::unique_ptr<Block>> blocks = {};              // those that are resident
+  std::vector<uint64_t> workspace = std::vector<uint64_t>(64);  // of a cooperative grid, for its barrier: envreg1 and 2
+  Deferred deferred = {};
+  uint64_t random = 0;  // state of the generator: next_random(random)
   // True while a wait that gives up after a time (mbarrier.try_wait) must do so, because nothing else moves. After
   // `patience` such moments in a row the grid is deadlocked.
   bool impatient = false;
-  uint64_t instructions = 0;   // executed, of all warps
+  uint64_t instructions = 0;  // executed, of all warps
 };
 
 uint64_t next_random(uint64_t &state);
+// Runs the grid's blocks to their ends (schedule.cpp).
+void run_blocks(Grid &);
 
 // One launch. `arguments` points at each parameter, as cuLaunchKernel's. Runs to the end; throws Error.
 void launch(Module &, const std::string &kernel, const uint32_t grid[3], const uint32_t block[3], size_t dynamic_shared,
@@ -197,23 +252,27 @@ void set_seed(uint64_t);
 // Bytes of shared memory that a block may have.
 void set_shared_limit(size_t);
 // Launches and warp instructions since the start.
-struct Counts { uint64_t launches, instructions; };
+struct Counts {
+  uint64_t launches, instructions;
+};
 Counts counts();
 
 }  // namespace ptx
 
 // ---- for Python, by ctypes (api.cpp) ----
 extern "C" {
-__attribute__((visibility("default"))) void *ptx_load(const char *text);                 // null: ptx_error()
+__attribute__((visibility("default"))) void *ptx_load(const char *text);  // null: ptx_error()
 __attribute__((visibility("default"))) void ptx_unload(void *module);
 // Names of kernels, a line each; the sizes of a kernel's parameters in bytes, separated by spaces. Valid until the next call.
 __attribute__((visibility("default"))) const char *ptx_kernels(void *module);
 __attribute__((visibility("default"))) const char *ptx_parameters(void *module, const char *kernel);
 // 0, or 1: ptx_error() says why.
-__attribute__((visibility("default"))) int ptx_launch(void *module, const char *kernel, const uint32_t *grid, const uint32_t *block,
-                                                     uint64_t dynamic_shared, void *const *arguments, int cooperative);
+__attribute__((visibility("default"))) int ptx_launch(void *module, const char *kernel, const uint32_t *grid,
+                                                      const uint32_t *block, uint64_t dynamic_shared, void *const *arguments,
+                                                      int cooperative);
 __attribute__((visibility("default"))) const char *ptx_error(void);
 __attribute__((visibility("default"))) void ptx_seed(uint64_t);
+__attribute__((visibility("default"))) void ptx_shared_limit(uint64_t bytes);
 __attribute__((visibility("default"))) uint64_t ptx_launches(void);
 __attribute__((visibility("default"))) uint64_t ptx_instructions(void);
 }
