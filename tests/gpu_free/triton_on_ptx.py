@@ -7,7 +7,6 @@ instructions and reductions across warps are the compiler's, as in a launch on t
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 from pathlib import Path
@@ -29,23 +28,9 @@ from vqkernels import _triton
 
 # Bytes of shared memory that a block may have.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-NUMBERS = {
-    "i1": ctypes.c_uint8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64,
-    "u1": ctypes.c_uint8, "u8": ctypes.c_uint8, "u16": ctypes.c_uint16, "u32": ctypes.c_uint32, "u64": ctypes.c_uint64,
-    "fp32": ctypes.c_float, "fp64": ctypes.c_double,
-}  # fmt: skip
 
 # Kernels that ran, each with the kinds of its tensors.
 executed: dict[str, set[str]] = {}
-
-
-def number(kind: str, value: Any) -> Any:
-    """One argument as the kernel takes it."""
-    if not kind.startswith("*"):
-        return NUMBERS[kind](value)
-    assert isinstance(value, torch.Tensor), f"a pointer is {type(value)}"
-    assert value.device.type == "cpu"
-    return ctypes.c_uint64(value.data_ptr())
 
 
 class Launcher:
@@ -62,20 +47,17 @@ class Launcher:
         self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, launch: Any, enter: Any, leave: Any,
         *arguments: Any,
     ) -> None:  # fmt: skip
-        given = [(k, a) for k, a in zip(self.kinds, arguments, strict=True) if k != "constexpr"]
-        values = [number(*argument) for argument in given]
-        # Behind them, pointers to the memory that was not asked for: one or two, as Triton's version has it.
-        rest = len(function.sizes) - len(values)
-        assert 0 <= rest <= 2
-        values += [ctypes.c_uint64(0)] * rest
-        assert function.sizes == [ctypes.sizeof(value) for value in values], f"{self.kernel} takes {function.sizes}"
-        if x * y * z == 0:
-            return
-        block = (32 * self.metadata.num_warps, 1, 1)
-        function.module.launch(
-            function.name, (x, y, z), block, self.metadata.shared, values, self.metadata.launch_cooperative_grid
-        )
-        executed.setdefault(self.kernel, set()).update(kind for kind, _ in given if kind.startswith("*"))
+        given = [(kind, a) for kind, a in zip(self.kinds, arguments, strict=True) if kind != "constexpr"]
+        assert all(a.device.type == "cpu" for kind, a in given if kind.startswith("*"))
+        # Behind the arguments, pointers to the memory that was not asked for: as many as Triton's version has.
+        nothing = len(function.module.parameters(function.name)) - len(given)
+        assert 0 <= nothing <= 2
+        if x * y * z > 0:
+            function.module.launch(
+                function.name, (x, y, z), 32 * self.metadata.num_warps, *(a for _, a in given), *[0] * nothing,
+                shared=self.metadata.shared, cooperative=self.metadata.launch_cooperative_grid,
+            )  # fmt: skip
+            executed.setdefault(self.kernel, set()).update(kind for kind, _ in given if kind.startswith("*"))
 
 
 class Driver(DriverBase):  # type: ignore[misc]
@@ -99,8 +81,7 @@ class Driver(DriverBase):  # type: ignore[misc]
 
     def load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, Any, int, int, int]:
         module = ptx_machine.Module(binary.decode())
-        function = SimpleNamespace(module=module, name=name, sizes=module.parameters(name))
-        return module, function, 0, 0, 1024
+        return module, SimpleNamespace(module=module, name=name), 0, 0, 1024
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
