@@ -13,10 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-# What Triton keeps here has no cubin in it (see Driver): it must not meet what it keeps elsewhere.
-os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton_on_ptx")
-
 import ptx_machine
 import torch
 import triton
@@ -26,6 +22,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from vqkernels import _triton
 
+ROOT = Path(__file__).resolve().parents[2]
 # Bytes of shared memory that a block may have.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 
@@ -105,6 +102,8 @@ class Driver(DriverBase):  # type: ignore[misc]
 def pytest_configure() -> None:
     """From here on the Triton backend accepts CPU tensors."""
     assert not _triton.interpreted()
+    # What Triton keeps here has no cubin in it: it must not meet what it keeps elsewhere.
+    os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton_on_ptx")
     triton.runtime.driver.set_active(Driver(os.environ["VQKERNELS_TEST_PTX"]))
     unavailable = _triton.unavailable
     _triton.unavailable = lambda device: None if device == "cpu" else unavailable(device)
