@@ -31,7 +31,7 @@ def build(sanitize: bool = False) -> Path:
         pytest.skip("cmake or a C++ compiler is missing")
     flags = [f"-DVQK_SANITIZE={'ON' if sanitize else 'OFF'}"]
     source = Path(__file__).parent / "ptx"
-    environment = os.environ | {"PATH": path}
+    environment = os.environ | {"PATH": path, "LD_PRELOAD": ""}
     for command in (["-S", str(source), "-B", str(folder), *flags], ["--build", str(folder), "--parallel", "2"]):
         done = subprocess.run([cmake, *command], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -40,8 +40,8 @@ def build(sanitize: bool = False) -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The functions of api.cpp."""
-    lib = ctypes.CDLL(str(build() / "libvqk_ptx.so"))
+    """The functions of api.cpp, with the sanitizers if the process has AddressSanitizer (``make asan``)."""
+    lib = ctypes.CDLL(str(build("libasan" in os.environ.get("LD_PRELOAD", "")) / "libvqk_ptx.so"))
     text, pointer, number = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64
     for name, result, arguments in (
         ("ptx_load", pointer, [text]),
@@ -86,13 +86,14 @@ class Module:
     """The kernels of a PTX text."""
 
     def __init__(self, text: str) -> None:
+        self._unload = library().ptx_unload
         self._handle = library().ptx_load(text.encode())
         if not self._handle:
             raise PtxError(library().ptx_error().decode())
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
-            library().ptx_unload(self._handle)
+            self._unload(self._handle)
 
     def kernels(self) -> list[str]:
         """Their names, as in the text."""

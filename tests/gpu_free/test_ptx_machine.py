@@ -386,7 +386,7 @@ def test_deadlock_says_who_waits_where() -> None:
     body = """
         setp.lt.u32 %p1, %r0, 32;
         @%p1 bra two;
-        bar.sync 1, 96;
+        bar.sync 1, 64;
         bra.uni end;
     two:
         bar.sync 2, 64;
@@ -397,10 +397,17 @@ def test_deadlock_says_who_waits_where() -> None:
     lines = str(error.value).splitlines()
     assert lines[0].startswith("deadlock of kernel k")
     assert sorted(line.split(", warp ")[1].split(" at line ")[0] for line in lines[1:]) == [
-        "0, lanes ffffffff wait",
-        "1, lanes ffffffff wait",
+        "0, lanes ffffffff are",
+        "1, lanes ffffffff are",
     ]
-    assert {line.split(": ")[1] for line in lines[1:]} == {"bar.sync 1, 96", "bar.sync 2, 64"}
+    assert {line.split(": ")[1] for line in lines[1:]} == {"bar.sync 1, 64", "bar.sync 2, 64"}
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2], indirect=True)
+def test_spinning_for_ever_is_a_deadlock() -> None:
+    body = "spin: ld.volatile.shared.u32 %r1, [0]; setp.ne.u32 %p1, %r1, 7; @%p1 bra spin;"
+    with pytest.raises(PtxError, match=r"deadlock.*\n  block \(0,0,0\), warp 0, lanes 00000001 are at line \d+: "):
+        run(body, threads=1, shared=4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 // The body of a kernel: registers and variables of nested scopes, labels, and the decoded instructions.
 #include <algorithm>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "lexer.h"
 
@@ -108,7 +109,10 @@ class Body {
     ret.line = lexer_.peek().line;
     function_.code.push_back(ret);
     scope_of_.push_back(0);
-    for (size_t i = 0; i < function_.code.size(); ++i) finish(function_.code[i], scope_of_[i]);
+    for (size_t i = 0; i < function_.code.size(); ++i)
+      for (auto &o : function_.code[i].operands) resolve(function_.code[i], o, scope_of_[i], false);
+    share_registers(function_);
+    for (auto &instruction : function_.code) decode(instruction);
   }
 
  private:
@@ -369,8 +373,10 @@ class Body {
     fail(instruction, "nothing is called \"" + name + "\"");
   }
 
-  void finish(Instruction &instruction, int scope) {
-    for (auto &o : instruction.operands) resolve(instruction, o, scope, false);
+  void decode(Instruction &instruction) const {
+    static const std::unordered_set<std::string> quiet = {"add", "and", "bra",  "cvt",  "ld",  "mov", "mul", "nanosleep",
+                                                          "not", "or",  "setp", "selp", "shl", "shr", "sub", "xor"};
+    instruction.quiet = quiet.count(instruction.words[0]) > 0;
     try {
       if (decode_scalar(instruction) || decode_async(instruction) || decode_matrix(instruction)) return;
     } catch (const Error &error) {

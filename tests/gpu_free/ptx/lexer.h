@@ -58,6 +58,8 @@ Variable read_variable(Lexer &);
 
 // Reads the body of an entry from its "{" on.
 void read_body(Lexer &, const Module &, Function &);
+// Makes registers that are never needed at the same time share a slot (registers.cpp).
+void share_registers(Function &);
 
 }  // namespace ptx
 

@@ -102,7 +102,8 @@ struct Instruction {
   std::vector<Operand> operands;   // a call's or wgmma's flags are operands like others
   int guard = -1;                  // slot of the predicate, or -1
   bool guard_negated = false;
-  int line = 0;  // of the module's text
+  bool quiet = false;  // changes nothing but registers: a loop of only such ones waits for others
+  int line = 0;        // of the module's text
   std::string text;
   Execute execute = nullptr;
   // What the decoder made of `words`, for speed: their meaning is the decoder's own.
@@ -203,7 +204,8 @@ struct Block {
   // `bytes` bytes at an offset of shared memory, for reading or writing by an instruction of `warp`.
   unsigned char *shared_at(const Warp &, const Instruction &, int lane, uint64_t offset, size_t bytes, size_t align);
 
-  // State that async.cpp and matrix.cpp keep per block.
+  // State that scalar_barrier.cpp, async.cpp and matrix.cpp keep per block.
+  std::shared_ptr<struct BarrierState> barriers = {};
   std::shared_ptr<struct AsyncState> async = {};
   std::shared_ptr<struct MatrixState> matrix = {};
 };

@@ -7,10 +7,11 @@
 namespace ptx {
 namespace {
 
-constexpr size_t resident = 4;          // blocks at once, of grids that are not cooperative
-constexpr int patience = 4;             // impatient rounds that change nothing before a grid is deadlocked
-constexpr uint32_t fairness = 256;      // every so often, lanes other than those furthest behind go on
-constexpr uint64_t longest_run = 1024;  // instructions before another warp's turn: others may spin on what one has to do
+constexpr size_t resident = 4;              // blocks at once, of grids that are not cooperative
+constexpr int patience = 4;                 // impatient rounds that change nothing before a grid is deadlocked
+constexpr uint32_t fairness = 256;          // every so often, lanes other than those furthest behind go on
+constexpr uint64_t longest_spin = 1 << 26;  // quiet instructions, of all warps in a row, before they are a deadlock
+constexpr uint64_t longest_run = 1024;      // instructions before another warp's turn: others may spin on what one has to do
 
 int first_lane(Lanes lanes) { return __builtin_ctz(lanes); }
 
@@ -161,7 +162,7 @@ class Scheduler {
   void run_warp(Warp &warp, uint64_t most, bool once) {
     const Instruction *code = grid_.function.code.data();
     uint64_t done = 0, at_last_wait = 0;
-    bool in_vain = false;
+    bool in_vain = false, quiet = true;
     warp.waiting = 0;
     while (done < most && warp.live && !(once && done)) {
       int others = 0;
@@ -177,6 +178,7 @@ class Scheduler {
       for (int pc = warp.pc[first_lane(group)];; ++pc) {
         const Instruction &instruction = code[pc];
         const Lanes lanes = instruction.guard < 0 ? group : guarded(warp, instruction, group);
+        quiet &= instruction.quiet;
         const Outcome outcome = lanes ? instruction.execute(warp, instruction, lanes) : Outcome::next;
         if (outcome == Outcome::next) {
           set_pc(warp, group, pc + 1);
@@ -199,6 +201,8 @@ class Scheduler {
       }
     }
     grid_.instructions += done;
+    quiet_ = quiet ? quiet_ + done : 0;
+    if (quiet_ > longest_spin) deadlock();
     if (done) ++moved_;
     if (in_vain) warp.stalled = moved_;
   }
@@ -246,7 +250,7 @@ class Scheduler {
         char lanes[32];
         std::snprintf(lanes, sizeof lanes, "%08x", group);
         message += "\n  block (" + std::to_string(at[0]) + "," + std::to_string(at[1]) + "," + std::to_string(at[2]) +
-                   "), warp " + std::to_string(warp->index) + ", lanes " + lanes + " wait at line " +
+                   "), warp " + std::to_string(warp->index) + ", lanes " + lanes + " are at line " +
                    std::to_string(instruction.line) + ": " + instruction.text;
       }
     if (listed > 6) message += "\n  and " + std::to_string(listed - 6) + " more";
@@ -262,6 +266,7 @@ class Scheduler {
   uint64_t front_ = 0;
   uint64_t moved_ = 0;  // changes whenever something did that others may wait for
   uint32_t choices_ = 0;
+  uint64_t quiet_ = 0;  // instructions since the last that was not
   int rounds_ = 0;
   uint64_t places_ = 0;
   std::vector<std::vector<uint64_t>> spare_;
