@@ -23,7 +23,9 @@ REGISTERS = {1: "%p", 16: "%h", 32: "%r", 64: "%rd"}
 
 def width(type_: str) -> int:
     """Bits of a type, of its register if that is wider: there are none of 8."""
-    return 1 if type_ == "pred" else max(16, 32 if type_.endswith("x2") or type_ == "tf32" else int(type_.strip("bfsu")))
+    return (
+        1 if type_ == "pred" else max(16, 32 if type_.endswith("x2") or type_ == "tf32" else int(type_.strip("bfsu")))
+    )
 
 
 @cache

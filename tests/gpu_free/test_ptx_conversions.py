@@ -95,7 +95,9 @@ def test_integers_to_floats(source: str) -> None:
 
 def around(f: Format) -> list[int]:
     """Floats, also near the limits of the integers and near halves."""
-    exact = [Fraction(2) ** k + d for k in (7, 8, 15, 16, 31, 32, 63, 64) for d in (-1, Fraction(-1, 2), 0, Fraction(1, 2))]
+    exact = [
+        Fraction(2) ** k + d for k in (7, 8, 15, 16, 31, 32, 63, 64) for d in (-1, Fraction(-1, 2), 0, Fraction(1, 2))
+    ]
     halves = [Fraction(k, 4) for k in range(14)]
     found = [rounded(x, f, mode) for x in exact + halves for mode in ("rz", "rp")]
     return floats(f, 60)[: EDGES + 20] + [x | s << sum(f) for x in found for s in (0, 1)]
@@ -127,7 +129,9 @@ def converted(a: int, f: Format, g: Format, mode: str) -> int:
     """From format f to g. NaNs become canonical, but those from f64 to f32, and from f32 to f64, keep their payload."""
     x, negative = value(a, f), bool(sign(a, f))
     if x != NAN:
-        return infinity(g) | negative << sum(g) if x in (math.inf, -math.inf) else rounded(Fraction(x), g, mode, negative)
+        return (
+            infinity(g) | negative << sum(g) if x in (math.inf, -math.inf) else rounded(Fraction(x), g, mode, negative)
+        )
     if {f, g} == {F32, F64}:
         payload = a & ((1 << f[1]) - 1) | 1 << (f[1] - 1)
         return infinity(g) | negative << sum(g) | (payload >> 29 if g == F32 else payload << 29)
@@ -146,7 +150,11 @@ def test_floats_to_floats(source: str, to: str) -> None:
 
             def integral(a: int, mode: str = mode) -> int:
                 x = value(a, f)
-                return a if x in (math.inf, -math.inf) else rounded(Fraction(to_integer(Fraction(x), mode)), f, "rn", bool(sign(a, f)))
+                return (
+                    a
+                    if x in (math.inf, -math.inf)
+                    else rounded(Fraction(to_integer(Fraction(x), mode)), f, "rn", bool(sign(a, f)))
+                )
 
             check(f"cvt.{mode}.{to}.{source} %d, %a;", to, integral, numbers)
         check(f"cvt.{to}.{source} %d, %a;", to, lambda a: a, numbers)

@@ -297,6 +297,7 @@ def test_comparisons_with_nan(t: str) -> None:
     columns = [(t, column) for column in two(f)]
     for name, of in COMPARISONS.items():
         for suffix in ("", "u"):
+
             def truth(a: int, b: int, of: Callable[[Value, Value], bool] = of, unordered: bool = suffix == "u") -> int:
                 return unordered if is_nan(a, f) or is_nan(b, f) else of(value(a, f), value(b, f))
 
@@ -348,4 +349,6 @@ def test_kinds_of_floats() -> None:
             "subnormal": lambda m, f=f: 0 < m < 1 << f[1],
         }
         for kind, of in kinds.items():
-            check(f"testp.{kind}.{t} %d, %a;", "pred", lambda a, of=of, f=f: of(a & canonical_nan(f)), (t, floats(f, 60)))
+            check(
+                f"testp.{kind}.{t} %d, %a;", "pred", lambda a, of=of, f=f: of(a & canonical_nan(f)), (t, floats(f, 60))
+            )

@@ -231,14 +231,24 @@ def test_selection() -> None:
         by_sign = lambda a, b, c: b if c >> 31 else a  # noqa: E731
         check(f"slct.{t}.s32 %d, %a, %b, %c;", t, by_sign, *inputs, ("s32", integers(32, n, 2)))
     floats = [0, 0x80000000, 0x3F800000, 0xBF800000, 0x7FC00000, 0x80000001, 0xFF800000, 0x7F800000]
-    check("slct.f32.f32 %d, 1, 2, %a;", "f32", lambda c: 2 - (c in (0, 0x80000000, 0x3F800000, 0x7F800000)), ("f32", floats))
+    check(
+        "slct.f32.f32 %d, 1, 2, %a;",
+        "f32",
+        lambda c: 2 - (c in (0, 0x80000000, 0x3F800000, 0x7F800000)),
+        ("f32", floats),
+    )
     flushes = (0, 0x80000000, 0x80000001, 0x3F800000, 0x7F800000)
     check("slct.ftz.f32.f32 %d, 1, 2, %a;", "f32", lambda c: 2 - (c in flushes), ("f32", floats))
 
 
 def test_packing() -> None:
     words, halves = integers(64, 300), [integers(16, 300, k) for k in range(4)]
-    check("mov.b64 {%r0, %r1}, %a; mov.b64 %d, {%r1, %r0};", "b64", lambda a: a >> 32 | (a & 0xFFFFFFFF) << 32, ("b64", words))
+    check(
+        "mov.b64 {%r0, %r1}, %a; mov.b64 %d, {%r1, %r0};",
+        "b64",
+        lambda a: a >> 32 | (a & 0xFFFFFFFF) << 32,
+        ("b64", words),
+    )
     check("mov.b64 {_, %d}, %a;", "b32", lambda a: a >> 32, ("b64", words))
     check("mov.b64 {%h0, %h1, %h2, %h3}, %a; mov.b32 %d, {%h3, %h1};", "b32", lambda a: a >> 48 | (a >> 16 & 0xFFFF) << 16,
           ("b64", words))  # fmt: skip
