@@ -1,7 +1,7 @@
 """What single PTX instructions give on the machine, and exact numbers to compare with.
 
-Floats are handled as their bits; a format is its bits of exponent and mantissa. Their values are Fractions, rounded here
-once, by definition and not by any float arithmetic of the host.
+Floats are handled as their bits; a format is its bits of exponent and mantissa. Their values are Fractions, rounded
+here once, by definition and not by any float arithmetic of the host.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def evaluate(line: str, out: str, *inputs: tuple[str, Bits]) -> list[int]:
     """%d after ``line`` for each row of the inputs %a, %b, %c, %e: types and values."""
     n = len(inputs[0][1])
     padded = -(-n // BLOCK) * BLOCK
-    arrays = [np.zeros(padded, np.uint64) for _ in inputs]
-    for array, (_, values) in zip(arrays, inputs, strict=True):
-        array[:n] = np.array(values, np.uint64)
+    arrays = [np.array([*values, *[values[0]] * (padded - n)], np.uint64) for _, values in inputs]
     result = np.zeros(padded, np.uint64)
     module = _module(line, width(out), *(width(type_) for type_, _ in inputs))
     pointers = [ctypes.c_uint64(array.ctypes.data) for array in (result, *arrays)]

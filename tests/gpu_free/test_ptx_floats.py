@@ -126,7 +126,7 @@ def check_floats(line: str, f: Format, truth: Callable[..., int], *columns: list
         assert same, f"{line} of {[hex(x) for x in row]}: {got:#x}, not {expected:#x}"
 
 
-def two(f: Format, n: int = 200) -> tuple[list[int], list[int]]:
+def two(f: Format, n: int = 120) -> tuple[list[int], list[int]]:
     return pairs(floats(f, 150), floats(f, 150, 1), n, EDGES)
 
 
@@ -223,7 +223,7 @@ def test_half_precision_rounds_once(t: str) -> None:
     half = lambda truth: lambda *row: truth(*row, f, "rn")  # noqa: E731
     for op, truth in (("add", sum_of), ("sub", difference_of), ("mul", product_of)):
         check_floats(f"{op}.rn.{t} %d, %a, %b;", f, half(truth), *two(f))
-        upper, lower = two(f), two(f, 200)[::-1]
+        upper, lower = two(f), two(f)[::-1]
         packed = [[h << 16 | low for h, low in zip(x, y, strict=True)] for x, y in zip(upper, lower, strict=True)]
         twice = lambda a, b, g=truth: g(a >> 16, b >> 16, f, "rn") << 16 | g(a & 0xFFFF, b & 0xFFFF, f, "rn")  # noqa: E731
         check(f"{op}.{t}x2 %d, %a, %b;", f"{t}x2", twice, *((f"{t}x2", column) for column in packed))

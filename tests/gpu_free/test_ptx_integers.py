@@ -250,8 +250,8 @@ def test_packing() -> None:
         ("b64", words),
     )
     check("mov.b64 {_, %d}, %a;", "b32", lambda a: a >> 32, ("b64", words))
-    check("mov.b64 {%h0, %h1, %h2, %h3}, %a; mov.b32 %d, {%h3, %h1};", "b32", lambda a: a >> 48 | (a >> 16 & 0xFFFF) << 16,
-          ("b64", words))  # fmt: skip
+    line = "mov.b64 {%h0, %h1, %h2, %h3}, %a; mov.b32 %d, {%h3, %h1};"
+    check(line, "b32", lambda a: a >> 48 | (a >> 16 & 0xFFFF) << 16, ("b64", words))
     inputs = (("b16", column) for column in halves)
     check("mov.b64 %d, {%a, %b, %c, %e};", "b64", lambda *x: sum(v << 16 * k for k, v in enumerate(x)), *inputs)
     check("mov.b32 %d, {%a, 0x1234};", "b32", lambda a: a | 0x12340000, ("b16", halves[0]))

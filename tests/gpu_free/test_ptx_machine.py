@@ -254,6 +254,47 @@ def test_lanes_that_are_together_execute_together(seed: int) -> None:
     assert seed != 0 or instructions() - before < 1120
 
 
+def test_values_outlive_others_that_come_later_in_the_text() -> None:
+    """Registers share storage: not what a loop's next round reads with what is between."""
+    body = """
+        mov.u32 %r1, 0;
+        mov.u32 %r2, 1000;
+        mov.u32 %r3, 0;
+        mov.u32 %r12, 7;
+    loop:
+        setp.eq.u32 %p1, %r1, 0;
+        @%p1 bra first;
+        add.u32 %r3, %r3, %r8;
+        add.u32 %r3, %r3, %r2;
+    first:
+        mul.lo.u32 %r8, %r1, 10;
+        setp.eq.u32 %p2, %r1, 2;
+        @%p2 add.u32 %r8, %r0, 50;
+        @%p2 mov.u32 %r12, 9;
+        add.u32 %r3, %r3, %r12;
+        mul.lo.u32 %r9, %r1, 7;
+        mul.lo.u32 %r10, %r9, 7;
+        mul.lo.u32 %r11, %r10, 7;
+        st.shared.u32 [0], %r11;
+        add.u32 %r1, %r1, 1;
+        setp.lt.u32 %p3, %r1, 5;
+        @%p3 bra loop;
+        st.global.u32 [%out], %r3;"""
+    assert run(body, shared=4) == [4000 + 0 + 10 + 50 + i + 30 + 7 + 7 + 9 + 9 + 9 for i in range(32)]
+
+
+def test_no_lane_writes_what_another_has_yet_to_read() -> None:
+    body = """
+        mov.b32 %r1, %r0;
+        shfl.sync.down.b32 %r2|%p1, %r1, 1, 0x1f, 0xffffffff;
+        shfl.sync.up.b32 %r3|%p2, %r2, 2, 0, 0xffffffff;
+        shfl.sync.bfly.b32 %r4|%p3, %r3, 3, 0x1f, 0xffffffff;
+        st.global.u32 [%out], %r4;"""
+    down = [min(i + 1, 31) for i in range(32)]
+    up = [down[i - 2 if i > 1 else i] for i in range(32)]
+    assert run(body) == [up[i ^ 3] for i in range(32)]
+
+
 def test_guards() -> None:
     written = run(
         """

@@ -192,7 +192,6 @@ class Body {
   size_t add_shared(size_t bytes, size_t align) {
     const size_t offset = round_up(function_.shared, align);
     function_.shared = offset + bytes;
-    function_.shared_align = std::max(function_.shared_align, align);
     return offset;
   }
 
@@ -208,7 +207,6 @@ class Body {
       if (variable.dynamic) align = std::max(align, variable.align);
     }
     function_.shared = round_up(function_.shared, align);
-    function_.shared_align = std::max(function_.shared_align, align);
     for (auto &name : module_shared_)
       if (module_.shared.at(name.first).dynamic) name.second = function_.shared;
   }

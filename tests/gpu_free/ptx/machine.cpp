@@ -144,12 +144,6 @@ void Deferred::all() {
   }
 }
 
-size_t Deferred::count() const {
-  size_t sum = 0;
-  for (const auto &queue : work) sum += queue.second.size();
-  return sum;
-}
-
 void launch(Module &module, const std::string &kernel, const uint32_t grid_size[3], const uint32_t block_size[3],
             size_t dynamic_shared, void *const *arguments, bool cooperative) {
   const std::lock_guard<std::mutex> lock(launching);

@@ -2,8 +2,8 @@
 //
 // csrc/cuda/host_execution.h runs the kernels' C++ source, and Triton's interpreter their Python: neither sees inline
 // assembly, descriptors, register fragments, or what a compiler made of them. Here the compilers' own output runs, as the
-// PTX manual defines it. parse.cpp reads a module, machine.cpp schedules its threads, and the instructions are in scalar.cpp
-// (registers, memory, control), async.cpp (barriers and copies) and matrix.cpp (ldmatrix, mma.sync, wgmma).
+// PTX manual defines it. parse.cpp reads a module and body.cpp a kernel, schedule.cpp runs its threads, and the instructions
+// are in scalar.cpp (registers, memory, control), async.cpp (barriers and copies) and matrix.cpp (ldmatrix, mma.sync, wgmma).
 //
 // Threads of a warp that are at the same instruction execute it together, those furthest behind first; a seed decides which
 // warp goes on and for how long, and when asynchronous work is done between its issue and its wait. What a GPU would fault
@@ -27,7 +27,7 @@ namespace ptx {
 using Lanes = uint32_t;  // one bit per lane of a warp
 using Error = std::runtime_error;
 
-// ---- programs (parse.cpp) ----
+// ---- programs (parse.cpp, body.cpp) ----
 
 struct Operand {
   enum Kind : uint8_t {
@@ -126,7 +126,6 @@ struct Function {
   std::vector<Instruction> code;  // decoded; falls off its end like a `ret`
   int slots = 0;                  // registers, predicates among them
   size_t shared = 0;              // bytes of static shared memory, laid out before dynamic memory
-  size_t shared_align = 16;
   size_t local = 0;
   int max_threads = 1024;     // .maxntid or .reqntid
   uint32_t required[3] = {};  // .reqntid
@@ -147,7 +146,7 @@ struct Module {
   const Function &function(const std::string &name);
 };
 
-// ---- execution (machine.cpp) ----
+// ---- execution (machine.cpp, schedule.cpp) ----
 
 // Generic addresses: global memory is the host's own; the others are windows that no host address is in.
 constexpr uint64_t shared_window = 0x7000'0000'0000'0000, local_window = 0x7100'0000'0000'0000,
@@ -218,7 +217,6 @@ class Deferred {
   void finish(uint64_t key);
   bool some();  // does one piece of the work, chosen by the seed; false if there is none
   void all();
-  size_t count() const;
 
   std::map<uint64_t, std::deque<std::function<void()>>> work = {};
   uint64_t *random = nullptr;  // of the grid; null: at once

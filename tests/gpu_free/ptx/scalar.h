@@ -163,7 +163,13 @@ struct Each<f> {
     uint64_t room[sizeof...(A) + 1][32];
     const uint64_t *sources[] = {values(w, i.operands[k + 1], room[k])...};
     uint64_t *d = target(w, i.operands[0], room[sizeof...(A)]);
-    each(lanes, [&](int lane) { d[lane] = to_bits<R>(f(from_bits<A>(sources[k][lane])...)); });
+    if (lanes != ~Lanes{0}) {
+      each(lanes, [&](int lane) { d[lane] = to_bits<R>(f(from_bits<A>(sources[k][lane])...)); });
+      return;
+    }
+    // Registers are the same or apart, so that no lane writes what another reads.
+#pragma GCC ivdep
+    for (int lane = 0; lane < 32; lane++) d[lane] = to_bits<R>(f(from_bits<A>(sources[k][lane])...));
   }
   // Not inlined, so that a rounding mode set around the call holds for all of it.
   __attribute__((noinline)) static Outcome execute(Warp &w, const Instruction &i, Lanes lanes) {

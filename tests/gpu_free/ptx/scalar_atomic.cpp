@@ -46,8 +46,9 @@ Outcome atomic(Warp &w, const Instruction &i, Lanes lanes) {
   const uint64_t *b = values(w, i.operands[first + 1], room[0]);
   const uint64_t *c = op == cas ? values(w, i.operands[first + 2], room[1]) : room[1];
   uint64_t *d = first ? target(w, i.operands[0], room[2]) : room[2];
+  const Addresses addresses(w, memory);
   each(lanes, [&](int lane) {
-    const uint64_t address = w.address(memory, lane);
+    const uint64_t address = addresses[lane];
     unsigned char *p = located(w, i, lane, space, address, sizeof(T), true);
     T old;
     std::memcpy(&old, p, sizeof(T));

@@ -8,12 +8,14 @@ namespace ptx {
 namespace {
 
 // The rounding of the host while an instruction executes.
+struct Rounding {
+  explicit Rounding(int mode) { std::fesetround(mode); }
+  ~Rounding() { std::fesetround(FE_TONEAREST); }
+};
 template <auto f, int mode>
 Outcome rounded(Warp &w, const Instruction &i, Lanes lanes) {
-  std::fesetround(mode);
-  const Outcome outcome = Each<f>::execute(w, i, lanes);
-  std::fesetround(FE_TONEAREST);
-  return outcome;
+  const Rounding rounding(mode);
+  return Each<f>::execute(w, i, lanes);
 }
 
 // T: float, Flushed or double, what operands are; R: T or Saturated<T>, what results are; V: the values' type.

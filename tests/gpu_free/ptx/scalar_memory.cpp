@@ -1,17 +1,15 @@
 // Loads and stores, conversions of addresses, and hints about caches, which do nothing.
 #include "scalar_memory.h"
 
-#include <sstream>
+#include <cstdio>
 
 namespace ptx {
 namespace {
 
-constexpr uint64_t null_page = 4096;
-
 std::string hex(uint64_t x) {
-  std::ostringstream out;
-  out << "0x" << std::hex << x;
-  return out.str();
+  char text[20];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(x));
+  return text;
 }
 
 // Offset `address` of `size` bytes, which may be given as a generic address of `window`.
@@ -38,7 +36,7 @@ unsigned char *in_shared(Warp &w, const Instruction &i, int lane, uint64_t addre
 
 }  // namespace
 
-unsigned char *located(Warp &w, const Instruction &i, int lane, Space space, uint64_t address, size_t bytes, bool write) {
+unsigned char *checked(Warp &w, const Instruction &i, int lane, Space space, uint64_t address, size_t bytes, bool write) {
   if (space == Space::generic) space = space_of(address);
   switch (space) {
     case Space::shared: return in_shared(w, i, lane, address, bytes, write);
@@ -57,7 +55,7 @@ unsigned char *located(Warp &w, const Instruction &i, int lane, Space space, uin
   if (space_of(address) != Space::global) w.fail(i, lane, "address " + hex(address) + " is not of global memory");
   if (address < null_page) w.fail(i, lane, "address " + hex(address) + " is null");
   if (address % bytes) w.fail(i, lane, "address " + hex(address) + " is no multiple of " + std::to_string(bytes));
-  return reinterpret_cast<unsigned char *>(address);  // global memory is the host's own
+  return reinterpret_cast<unsigned char *>(address);
 }
 
 Space take_space(Words &words) {
@@ -88,8 +86,9 @@ Outcome load(Warp &w, const Instruction &i, Lanes lanes) {
   const Operand *items = to.kind == Operand::vector ? to.items.data() : &to;
   uint64_t room[32], *registers[8];
   for (size_t k = 0; k < count; k++) registers[k] = target(w, items[k], room);
+  const Addresses addresses(w, from);
   each(lanes, [&](int lane) {
-    const unsigned char *p = located(w, i, lane, space, w.address(from, lane), sizeof(T) * count, false);
+    const unsigned char *p = located(w, i, lane, space, addresses[lane], sizeof(T) * count, false);
     for (size_t k = 0; k < count; k++) {
       T value;
       std::memcpy(&value, p + k * sizeof(T), sizeof(T));
@@ -107,8 +106,9 @@ Outcome store(Warp &w, const Instruction &i, Lanes lanes) {
   uint64_t room[8][32];
   const uint64_t *registers[8];
   for (size_t k = 0; k < count; k++) registers[k] = values(w, items[k], room[k]);
+  const Addresses addresses(w, to);
   each(lanes, [&](int lane) {
-    unsigned char *p = located(w, i, lane, space, w.address(to, lane), sizeof(T) * count, true);
+    unsigned char *p = located(w, i, lane, space, addresses[lane], sizeof(T) * count, true);
     for (size_t k = 0; k < count; k++) {
       const T value = static_cast<T>(registers[k][lane]);
       std::memcpy(p + k * sizeof(T), &value, sizeof(T));

@@ -8,13 +8,20 @@ namespace {
 // wait for theirs.
 template <class F>
 Outcome together(Warp &w, const Instruction &i, Lanes lanes, const Operand &mask, F run) {
+  // Most often: all lanes that live, and a mask that says so.
+  if (mask.kind == Operand::number && (mask.bits & w.live) == lanes) {
+    run(lanes);
+    return Outcome::next;
+  }
   uint64_t room[32], masks[32];
   std::memcpy(masks, values(w, mask, room), sizeof masks);  // what run() writes may be in the same register
+  each(lanes, [&](int lane) {
+    if (!(masks[lane] >> lane & 1)) w.fail(i, lane, "is not in its own mask of members");
+  });
   Lanes done = 0;
   for (Lanes rest = lanes; rest;) {
     const int lane = __builtin_ctz(rest);
     const auto named = static_cast<Lanes>(masks[lane]);
-    if (!(named >> lane & 1)) w.fail(i, lane, "is not in its own mask of members");
     const Lanes members = named & w.live;
     Lanes agree = 0;
     each(members & lanes, [&](int k) { agree |= Lanes{static_cast<Lanes>(masks[k]) == named} << k; });

@@ -23,11 +23,11 @@ void set_pc(Warp &warp, Lanes lanes, int pc) {
   for (; lanes; lanes &= lanes - 1) warp.pc[first_lane(lanes)] = pc;
 }
 
-// Lanes whose guard holds.
+// Lanes whose guard holds. Slots are shared: lanes that are elsewhere may keep anything in this one.
 Lanes guarded(const Warp &warp, const Instruction &instruction, Lanes lanes) {
   const uint64_t *guard = warp.registers.data() + static_cast<size_t>(instruction.guard) * 32;
   Lanes holds = 0;
-  for (int lane = 0; lane < 32; ++lane) holds |= static_cast<Lanes>(guard[lane]) << lane;
+  for (int lane = 0; lane < 32; ++lane) holds |= static_cast<Lanes>(guard[lane] & 1) << lane;
   return lanes & (instruction.guard_negated ? ~holds : holds);
 }
 
