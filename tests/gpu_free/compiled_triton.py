@@ -1,4 +1,4 @@
-"""The Triton backend as compiled for a GPU: what only a compiler makes a difference to, so that no interpreter tests it.
+"""The Triton backend as compiled for a GPU: what a compiler makes a difference to, and no interpreter.
 
 Run on the PTX machine: by test_ptx_triton.py what is not slow, all of it by `make emulate`. Vectors of 16 bytes where
 pointers and strides allow them and single elements where they do not, tiles as shipped, dtypes with their rounding.

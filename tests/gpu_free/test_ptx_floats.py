@@ -237,11 +237,11 @@ def test_half_precision_rounds_once(t: str) -> None:
     check_floats(f"fma.rn.relu.{t} %d, %a, %b, %c;", f, relu, *three(f))
 
 
-def near(x: float) -> int:
-    """The nearest f32."""
+def near(x: float, f: Format = F32) -> int:
+    """The nearest of a format."""
     if math.isnan(x):
-        return canonical_nan(F32)
-    return bits_of(x if math.isinf(x) else Fraction(x), F32, "rn", math.copysign(1, x) < 0)
+        return canonical_nan(f)
+    return bits_of(x if math.isinf(x) else Fraction(x), f, "rn", math.copysign(1, x) < 0)
 
 
 def test_approximations() -> None:
@@ -276,6 +276,14 @@ def test_approximations() -> None:
             for got, bits in zip(found, column, strict=True):
                 # The host's own functions may be off by one where Python's is not.
                 assert abs(got - truth(bits)) <= 1, f"{op}{ftz} of {bits:#x}: {got:#x}, not {truth(bits):#x}"
+    # 2^x of halves is exact where x is an integer; bf16 flushes what is below 2^-126.
+    for t, op in (("f16", "ex2.approx.f16"), ("bf16", "ex2.approx.ftz.bf16")):
+        f = FORMATS[t]
+        whole = [rounded(Fraction(k), f) for k in range(-150, 140)]
+        powers = lambda a, f=f: rounded(Fraction(2) ** int(value(a, f)), f)  # noqa: E731
+        truth = (lambda a, g=powers: flushed(g(a), BF16)) if f == BF16 else powers
+        check_floats(f"{op} %d, %a;", f, truth, whole)
+        check_floats(f"tanh.approx.{t} %d, %a;", f, lambda a, f=f: near(math.tanh(float(value(a, f))), f), whole)
     for how in ("approx", "full"):
         check_floats(f"div.{how}.f32 %d, %a, %b;", F32, lambda a, b: quotient_of(a, b, F32, "rn"), *two(F32))
 

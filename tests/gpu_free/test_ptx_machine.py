@@ -121,7 +121,11 @@ def test_parameters_by_name_and_by_address() -> None:
         mov.b64 %rd1, s;
         add.s64 %rd2, %rd1, 12;
         ld.param.u32 %r1, [%rd2+-8];
-        ld.param.v2.u32 {%r2, %r3}, [s+8];
+        ld.param.u32 %r2, [s+8];
+        cvta.param.u64 %rd3, %rd1;
+        ld.u32 %r3, [%rd3+12];
+        ld.param.v2.u32 {%r6, %r7}, [s];
+        sub.u32 %r1, %r1, %r6;
         ld.param.u8 %r4, [small];
         ld.param.f32 %f1, [f];
         cvt.rzi.u32.f32 %r5, %f1;
@@ -132,7 +136,7 @@ def test_parameters_by_name_and_by_address() -> None:
     out = torch.zeros(2, dtype=torch.int32)
     assert text.parameters("k") == [8, 1, 16, 4]
     text.launch("k", 1, 2, out, 200, struct.pack("<4I", 1, 20, 300, 4000), 50000.0)
-    assert out.tolist() == [20 + 300 + 4000 + 200 + 50000] * 2
+    assert out.tolist() == [-1 + 20 + 300 + 4000 + 200 + 50000] * 2
 
 
 def test_static_memory_comes_before_dynamic_memory() -> None:
@@ -281,6 +285,27 @@ def test_values_outlive_others_that_come_later_in_the_text() -> None:
         @%p3 bra loop;
         st.global.u32 [%out], %r3;"""
     assert run(body, shared=4) == [4000 + 0 + 10 + 50 + i + 30 + 7 + 7 + 9 + 9 + 9 for i in range(32)]
+
+
+def test_sums_of_wgmma_are_written_until_it_is_waited_for() -> None:
+    """Nothing reads them afterwards, and still no value from before the wait may be in their place."""
+    body = """
+        .reg .f32 %sum<4>;
+        mov.b32 %r1, 0;
+        shl.b32 %r2, %r0, 4;
+        st.shared.v4.b32 [%r2], {%r1, %r1, %r1, %r1};
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        mov.b64 %rd1, 0;
+        mov.f32 %sum0, 0f3F800000; mov.f32 %sum1, %sum0; mov.f32 %sum2, %sum0; mov.f32 %sum3, %sum0;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%sum0, %sum1, %sum2, %sum3}, %rd1, %rd1, 1, 1, 1, 0, 0;
+        wgmma.commit_group.sync.aligned;
+        add.u32 %r3, %r0, 1; add.u32 %r4, %r0, 2; add.u32 %r5, %r0, 3; add.u32 %r6, %r0, 4;
+        wgmma.wait_group.sync.aligned 0;
+        add.u32 %r3, %r3, %r4; add.u32 %r5, %r5, %r6; add.u32 %r3, %r3, %r5;
+        st.global.u32 [%out], %r3;"""
+    assert run(body, threads=128, shared=2048) == [4 * i + 10 for i in range(128)]
 
 
 def test_no_lane_writes_what_another_has_yet_to_read() -> None:

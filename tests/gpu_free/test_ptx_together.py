@@ -241,20 +241,20 @@ def test_barriers_of_some_warps() -> None:
     assert run(body, threads=128, shared=512) == [k ^ 32 for k in range(128)]
 
 
-def test_barriers_from_different_places() -> None:
+@pytest.mark.parametrize("count", ["", ", 64"])
+def test_barriers_from_different_places(count: str) -> None:
     """Not aligned: lanes of one warp come to different instructions."""
-    body = """
-        st.shared.u32 [dynamic], 5;
+    body = f"""
         and.b32 %r2, %r0, 1; setp.eq.u32 %p1, %r2, 0;
         @%p1 bra even;
-        barrier.sync 0;
+        barrier.sync 0{count};
         bra.uni after;
     even:
         setp.eq.u32 %p2, %r0, 8; @%p2 st.shared.u32 [dynamic], 9;
-        barrier.sync 0;
+        barrier.sync 0{count};
     after:
         ld.shared.u32 %r1, [dynamic];"""
-    assert run(body.replace("st.shared.u32 [dynamic], 5;", ""), threads=64) == [9] * 64
+    assert run(body, threads=64) == [9] * 64
 
 
 def test_producers_do_not_wait() -> None:

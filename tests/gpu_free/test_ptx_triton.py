@@ -1,4 +1,4 @@
-"""The Triton kernels as compiled for sm_80 and sm_90, executed on the PTX machine: compiled_triton.py, but for slow tests.
+"""The Triton kernels as compiled for sm_80 and sm_90, on the PTX machine: what is not slow in compiled_triton.py.
 
 One process has one driver, so each target has a process. `make emulate` runs all of compiled_triton.py there, and the
 files interpreted_*.py, which test_triton_interpreter.py runs in the interpreter: too many for every change.
