@@ -59,9 +59,13 @@ template <class T>
 struct MaxNan {
   static T f(T a, T b) { return extreme<T, false, true>(a, b); }
 };
+// That of bf16 flushes subnormals, which for its operand makes no difference.
 template <class T>
 struct Exp2 {
-  static T f(T a) { return T(std::exp2(double(a))); }
+  static T f(T a) {
+    const double result = std::exp2(double(a));
+    return T(std::is_same_v<T, Brain> && result < 0x1p-126 ? 0.0 : result);
+  }
 };
 template <class T>
 struct Tanh {
@@ -96,11 +100,11 @@ Decoded for_halves(Type t) {
 Decoded decode_half(Instruction &, const std::string &op, Words &words) {
   const bool rn = words.take("rn"), approx = words.take("approx"), nan = words.take("NaN");
   if (approx) {
+    const bool ftz = words.take("ftz");
     const Type t = words.type();
-    if (op == "tanh") return for_halves<Tanh>(t);
-    return op == "ex2" && t != Type::f16 && t != Type::f16x2 ? (words.take("ftz"), for_halves<Exp2>(t))
-           : op == "ex2"                                     ? for_halves<Exp2>(t)
-                                                             : Decoded{};
+    if (op == "tanh") return ftz ? Decoded{} : for_halves<Tanh>(t);
+    const bool brain = t == Type::bf16 || t == Type::bf16x2;
+    return op != "ex2" || ftz != brain ? Decoded{} : for_halves<Exp2>(t);
   }
   const bool relu = words.take("relu");
   const Type t = words.type();

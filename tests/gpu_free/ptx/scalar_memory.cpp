@@ -166,7 +166,8 @@ Outcome cvta(Warp &w, const Instruction &i, Lanes lanes) {
       if (space_of(address) != space) w.fail(i, lane, "address " + hex(address) + " is of another space");
       d[lane] = address - window;
     } else {
-      d[lane] = address + window;
+      // A parameter's address may be in its window already.
+      d[lane] = window && space_of(address) == space ? address : address + window;
     }
   });
   return Outcome::next;
