@@ -56,7 +56,10 @@ def converted(value: Any, dtype: torch.dtype, dim: int) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.dim() > 2 and value.shape[-1] == dim else value
 
 
-@pytest.mark.parametrize(("dtype", "by"), KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "by"),
+    [pytest.param(*kind, marks=pytest.mark.slow if kind == (torch.float32, 1) else ()) for kind in KINDS],
+)
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_op(op: str, dtype: torch.dtype, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if (op == "ema_update" and dtype != torch.float32) or (op in SEARCHES and dtype == torch.float64):
