@@ -59,6 +59,7 @@ def converted(value: Any, dtype: torch.dtype, dim: int) -> Any:
 @pytest.mark.parametrize(
     ("dtype", "by"),
     [pytest.param(*kind, marks=pytest.mark.slow if kind == (torch.float32, 1) else ()) for kind in KINDS],
+    ids=str,
 )
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_op(op: str, dtype: torch.dtype, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
