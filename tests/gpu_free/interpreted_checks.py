@@ -1,6 +1,6 @@
-"""What tests/gpu checks on a GPU, on CPU tensors in Triton's interpreter.
+"""What tests/gpu checks on a GPU, on CPU tensors by Triton's kernels.
 
-Run by test_triton_interpreter.py in a process where ``TRITON_INTERPRET=1``.
+Run by test_triton_interpreter.py in Triton's interpreter, and by test_ptx_triton.py as compiled.
 """
 
 from __future__ import annotations

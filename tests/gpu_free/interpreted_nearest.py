@@ -1,6 +1,6 @@
-"""``nearest`` in Triton's interpreter: the float64 oracle's indices and scores, bit for bit.
+"""``nearest`` on Triton's kernels: the float64 oracle's indices and scores, bit for bit.
 
-Run by tests/gpu_free/test_triton_interpreter.py in a process where ``TRITON_INTERPRET=1``.
+Run by test_triton_interpreter.py in Triton's interpreter, and by test_ptx_triton.py as compiled.
 """
 
 from __future__ import annotations

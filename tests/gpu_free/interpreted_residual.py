@@ -1,6 +1,6 @@
-"""``residual_nearest`` in Triton's interpreter: the bits of the reference at every level.
+"""``residual_nearest`` on Triton's kernels: the bits of the reference at every level.
 
-Run by tests/gpu_free/test_triton_interpreter.py in a process where ``TRITON_INTERPRET=1``.
+Run by test_triton_interpreter.py in Triton's interpreter, and by test_ptx_triton.py as compiled.
 """
 
 from __future__ import annotations

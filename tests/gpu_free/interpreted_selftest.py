@@ -1,6 +1,6 @@
-"""The self-test of the accumulation constants in Triton's interpreter: it passes, and a planted violation is handled.
+"""The self-test of the accumulation constants on Triton's kernels: it passes, and a planted violation is handled.
 
-Run by tests/gpu_free/test_triton_interpreter.py in a process where ``TRITON_INTERPRET=1``.
+Run by test_triton_interpreter.py in Triton's interpreter, and by test_ptx_triton.py as compiled.
 """
 
 from __future__ import annotations

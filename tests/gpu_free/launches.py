@@ -1,11 +1,12 @@
-"""Records what the Triton backend launches, and compiles it ahead of time for GPUs that are not there.
+"""Names the package's Triton kernels, records what it launches, and compiles that for GPUs that are not there.
 
-Called by tests/gpu_free/test_triton_compiles.py. The launches come from the backend itself, run on CPU tensors with the
-launcher replaced: there is no list of signatures to keep up to date.
+Called by test_triton_compiles.py and test_ptx_triton.py. The launches come from the backend itself, run on CPU tensors
+with the launcher replaced: there is no list of signatures to keep up to date.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import tempfile
@@ -21,11 +22,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+PACKAGE = Path(__file__).resolve().parents[2] / "vqkernels"
+# First arguments of functions that kernels call; they are compiled with their callers.
+HELPERS = {"value", "exponent", "a_start", "bounds", "x_start", "partials"}
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    """Whether Triton compiles it, as a kernel or into one."""
+    return any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
+
+
+def defined() -> set[str]:
+    """Every kernel of the package."""
+    return {
+        node.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and is_kernel(node) and node.args.args[0].arg not in HELPERS
+    }
 
 
 @dataclass(frozen=True)

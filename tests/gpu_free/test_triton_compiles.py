@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from launches import Launch, compiled, recorded, resources
+from launches import PACKAGE, Launch, compiled, defined, is_kernel, recorded, resources
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -32,7 +32,6 @@ from vqkernels.ops.quantize_grad import triton as quantize_grad
 from vqkernels.ops.quantize_output import triton as quantize_output
 from vqkernels.ops.residual_nearest import triton as residual_nearest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "vqkernels"
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
@@ -103,21 +102,7 @@ def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
 
 
 def test_every_kernel_of_the_package_is_launched() -> None:
-    defined = {
-        node.name
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef) and is_kernel(node) and node.args.args[0].arg not in HELPERS
-    }
-    assert {launch.fn.__name__ for launch in launches()} == defined
-
-
-# First arguments of functions that kernels call; they are compiled with their callers.
-HELPERS = {"value", "exponent", "a_start", "bounds", "x_start", "partials"}
-
-
-def is_kernel(node: ast.FunctionDef) -> bool:
-    return any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
+    assert {launch.fn.__name__ for launch in launches()} == defined()
 
 
 @pytest.mark.slow
