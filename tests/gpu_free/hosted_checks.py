@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from checks_on_cpu import *  # noqa: F403 (the tests)
-from cuda_host import ROOT
+from cuda_host import ROOT, SEEDS, set_seed
 from gpu_checks import Place
 
 from vqkernels import _cuda
@@ -18,6 +18,7 @@ from vqkernels import _cuda
 
 @pytest.fixture
 def place() -> Place:
+    set_seed(SEEDS[1])
     return Place("native")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_host import ROOT
+from cuda_host import ROOT, SEEDS, set_seed
 from gpu_data import Search, data
 
 from vqkernels import _cuda, _cuda_nearest, _cuda_selftest
@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _hosted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert _cuda.hosted(), "VQKERNELS_CUDA_LIBRARY must name libvqk_cuda_host.so"
+    set_seed(SEEDS[1])  # in the order of 0, a wait that is missing goes unnoticed
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr(_cuda_selftest, "CHECKED", 300)
     _cuda_selftest.forget()
