@@ -108,12 +108,9 @@ bool complete(Warp &w, const Instruction &in, int lane) {
   return phase != b.phase;
 }
 
-Outcome test_wait(Warp &w, const Instruction &in, Lanes lanes) {
-  for_lanes(lanes, [&](int lane) { w.set(in.operands[0], lane, complete(w, in, lane)); });
-  return Outcome::next;
-}
-
-Outcome try_wait(Warp &w, const Instruction &in, Lanes lanes) {
+// test_wait too: it does not block, but its thread may be slow, so it may as well be asked again when something has moved.
+// Loops around it then end in the grid's deadlock, instead of never.
+Outcome wait(Warp &w, const Instruction &in, Lanes lanes) {
   Grid &grid = w.block.grid;
   bool all = true, first = false;
   bool done[32] = {};
@@ -187,7 +184,7 @@ bool decode_mbarrier(Instruction &in) {
     in.detail[drops] = what == "arrive_drop";
     in.detail[completes] = has(in, "noComplete") ? -1 : 0;
   } else if (what == "test_wait" || what == "try_wait") {
-    in.execute = what == "test_wait" ? test_wait : try_wait;
+    in.execute = wait;
     in.detail[expects] = has(in, "parity");
   } else if (what == "pending_count") {
     in.execute = pending_count;
