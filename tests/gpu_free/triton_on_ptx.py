@@ -101,8 +101,10 @@ class Driver(DriverBase):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """From here on the Triton backend accepts CPU tensors."""
+    # Answers stay right where the tensor cores are wrong: then every row is compared in float64.
+    config.addinivalue_line("filterwarnings", "error:vqkernels. the tensor cores of:RuntimeWarning")
     assert not _triton.interpreted()
     # What Triton keeps here has no cubin in it: it must not meet what it keeps elsewhere.
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton_on_ptx")
