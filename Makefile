@@ -12,8 +12,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# What executes PTX has minutes and a command of its own.
+SUITE := -m "not emulated"
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp tests/gpu_free/*.cu)
+FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp tests/gpu_free/*.cu tests/gpu_free/ptx/*.cpp tests/gpu_free/ptx/*.h)
 # What the compiled library and the installed metadata are made of; Python sources are read in place.
 BUILT_FROM := pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/cuda/CMakeLists.txt $(CPP)
 
@@ -27,24 +29,25 @@ demo: $(VENV)/.demo  ## train a small VQ-VAE on photographs and draw its reconst
 	$(BIN)/vqkernels train $(ARGS)
 
 test: $(VENV)/.dev  ## the whole suite and the examples in docstrings (ARGS="-k nearest" selects)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(SUITE) $(ARGS)
 
 check: $(VENV)/.dev  ## what a change must pass: lint, types, formatting, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(SUITE) $(ARGS)
 
 format: $(VENV)/.dev  ## rewrite the sources in the style that `check` wants
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-ROUNDS ?= 3
+# 0: what reaches every kernel; more: all tests of the kernels, so often, in other orders of execution each time.
+ROUNDS ?= 0
 
-emulate: $(VENV)/.dev  ## the compiled CUDA kernels, executed from their PTX without a GPU: all tests, ROUNDS=3 orders; minutes
-	VQKERNELS_REQUIRE_CUDA=1 VQKERNELS_EMULATE=$(ROUNDS) $(PYTEST) tests/gpu_free/test_ptx_cuda.py $(ARGS)
+emulate: $(VENV)/.dev  ## the compiled CUDA and Triton kernels, executed from their PTX without a GPU (ROUNDS=1: in all their tests)
+	VQKERNELS_EMULATE=$(ROUNDS) $(PYTEST) -m emulated tests/gpu_free $(ARGS)
 
 bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables and charts (ARGS goes to benchmarks.run)
 	$(BIN)/python -m benchmarks.run $(or $(ARGS),--all)

@@ -33,6 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the PTX machine, and on it, are marked by their files' names: `make emulate` runs them."""
+    for item in items:
+        if item.path.name.startswith("test_ptx_"):
+            item.add_marker("emulated")
+
+
 def available_backends() -> list[str]:
     """Backends that can run on the tested device; `make check` requires the native one (VQKERNELS_REQUIRE_NATIVE=1)."""
     return [b.name for b in dispatch.BACKENDS if b.probe(KIND) is None]

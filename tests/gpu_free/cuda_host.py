@@ -7,7 +7,6 @@ csrc/cuda/host_execution.cpp executes, or whose PTX tests/gpu_free/ptx does.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import re
@@ -18,39 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import ptx_machine
 import pytest
+from building import ROOT, cmake
 
 from vqkernels import _cuda
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(Path(__file__).parent.glob("hosted_*.py"))
 # Orders of execution: ascending, then three mixtures of random, eager and starving threads; others for each round.
 ROUND = int(os.environ.get("VQKERNELS_HOST_ROUND", "0"))
 SEEDS = (0, 3 * ROUND + 1, 3 * ROUND + 2, 3 * ROUND + 3)
 
 
-def _cmake(source: Path, folder: Path, flags: list[str], targets: list[str]) -> Path:
-    tools = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
-    cmake = shutil.which("cmake", path=environment["PATH"])
-    if cmake is None or shutil.which("c++") is None:
-        pytest.skip("cmake or a C++ compiler is missing")
-    build = ["--build", folder, "--parallel", "2", "--target", *targets]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # for processes that run tests beside this one
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (["-S", source, "-B", folder, *flags], build):
-            done = subprocess.run([cmake, *command], env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
 @functools.cache
-def build(sanitize: bool = False) -> Path:
+def build() -> Path:
     """The folder with ``libvqk_cuda_host.so`` and ``vqk_portable_selftest``, up to date."""
-    folder = ROOT / "build" / ("cuda_host_asan" if sanitize else "cuda_host")
-    flags = [f"-DVQK_SANITIZE={'ON' if sanitize else 'OFF'}", "-DVQK_CUDA_HOST=ON"]
-    return _cmake(ROOT / "csrc", folder, flags, ["vqk_cuda_host", "vqk_portable_selftest"])
+    return cmake("csrc", "cuda_host", ["-DVQK_CUDA_HOST=ON"], ["vqk_cuda_host", "vqk_portable_selftest"])
 
 
 @functools.cache
@@ -59,10 +41,9 @@ def build_ptx(arch: str) -> Path:
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     if nvcc is None:
         missing("there is no nvcc (looked on the path, in /usr/local/cuda and at CUDACXX)")
-    flags = [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    flags = [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DVQK_PTX_MACHINE={ptx_machine.build()}"]
     target = f"vqk_cuda_ptx{arch}"
-    folder = _cmake(ROOT / "tests/gpu_free/ptx/library", ROOT / "build" / "ptx_cuda", flags, [target])
-    return folder / f"lib{target}.so"
+    return cmake("tests/gpu_free/ptx/library", "ptx_cuda", flags, [target]) / f"lib{target}.so"
 
 
 def run_hosted(library: Path, *arguments: str | Path, run: tuple[str, ...] = ("-m", "pytest")) -> str:

@@ -5,37 +5,22 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from building import cmake
 
-ROOT = Path(__file__).resolve().parents[2]
 # Orders of execution: in turns, then mixtures in which anyone goes on, the same ones do, or others starve.
 SEEDS = (0, 1, 2, 3, 4, 5)
 
 
 @functools.cache
 def build(sanitize: bool = False) -> Path:
-    """The folder with ``libvqk_ptx.so``, up to date."""
-    folder = ROOT / "build" / ("ptx_asan" if sanitize else "ptx")
-    tools = Path(sys.executable).parent
-    path = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
-    cmake = shutil.which("cmake", path=path)
-    if cmake is None or shutil.which("c++") is None:
-        pytest.skip("cmake or a C++ compiler is missing")
+    """The folder with ``libvqk_ptx.so`` and ``libvqk_ptx_machine.a``, up to date."""
     flags = [f"-DVQK_SANITIZE={'ON' if sanitize else 'OFF'}"]
-    source = Path(__file__).parent / "ptx"
-    environment = os.environ | {"PATH": path, "LD_PRELOAD": ""}
-    for command in (["-S", str(source), "-B", str(folder), *flags], ["--build", str(folder), "--parallel", "2"]):
-        done = subprocess.run([cmake, *command], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return cmake("tests/gpu_free/ptx", "ptx_asan" if sanitize else "ptx", flags, ["vqk_ptx"])
 
 
 @functools.cache

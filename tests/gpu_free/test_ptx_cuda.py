@@ -1,7 +1,7 @@
 """csrc/cuda as nvcc compiled it, executed from its PTX without a GPU: of hosted_*.py what reaches every kernel.
 
-`make emulate` sets ``VQKERNELS_EMULATE`` to a number of rounds, and then all of hosted_*.py runs so often, each time in
-other orders of execution.
+`make emulate ROUNDS=3` sets ``VQKERNELS_EMULATE`` to 3, and then all of hosted_*.py runs so often, each time in other
+orders of execution.
 """
 
 from __future__ import annotations
