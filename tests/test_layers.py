@@ -246,7 +246,7 @@ def test_import_is_lean(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_import_adds_less_than_150_ms_to_torch(tmp_path: Path) -> None:
-    # A busy machine stretches the time on the clock, and a few tries leave behind what it adds to that of the processor.
+    # A busy machine stretches the time on the clock; what it adds to that of the processor a few tries leave behind.
     seconds = []
     for _ in range(12):
         seconds.append(float(str(fresh_import(tmp_path)["seconds"])))
