@@ -163,26 +163,29 @@ def pipelined() -> Product:
     return Product(90, "fp16", "fp32", (64, 64, 32), stages=3)
 
 
-def outcomes(text: str) -> list[str]:
+def outcomes(text: str, product: Product) -> list[str]:
     """What comes of it per seed: a complaint, or "wrong", or "right"."""
     found = []
     for seed in SEEDS:
         try:
-            found.append("right" if pipelined().right(text, seed) else "wrong")
+            found.append("right" if product.right(text, seed) else "wrong")
         except PtxError as error:
             found.append(str(error))
     return found
 
 
-def broken(pattern: str, replacement: str) -> list[str]:
-    """The pipelined product with the pattern replaced."""
-    text, count = re.subn(pattern, replacement, pipelined().text)
+def broken(pattern: str, replacement: str, product: Callable[[], Product] = pipelined) -> list[str]:
+    """A product, the pipelined one if none is given, with the pattern replaced."""
+    made = product()
+    text, count = re.subn(pattern, replacement, made.text)
     assert count
-    return outcomes(text)
+    return outcomes(text, made)
 
 
 def test_a_missing_proxy_fence_is_noticed() -> None:
-    assert all("no fence.proxy.async since" in found for found in broken(r"fence\.proxy\.async[^;]*;", ""))
+    # Where ordinary stores fill shared memory. Copies by cp.async pass without: copies.cpp says why.
+    found = broken(r"fence\.proxy\.async[^;]*;", "", lambda: Product(90, "fp16", "fp32", (64, 64, 32), stages=1))
+    assert all("no fence.proxy.async since" in complaint for complaint in found)
 
 
 def test_a_missing_wgmma_fence_is_noticed() -> None:
@@ -218,7 +221,7 @@ def with_descriptors(change: Callable[[int], int], which: int) -> list[str]:
     assert len(of_it) == 2  # two steps of 16 along k
     pattern = "|".join(rf"(?<= ){re.escape(c)}(?=;)" for c in of_it)
     text = re.sub(pattern, lambda found: str(change(int(found[0]) & (1 << 64) - 1)), pipelined().text)
-    return outcomes(text)
+    return outcomes(text, pipelined())
 
 
 def with_swizzle(mode: int, bits: int) -> int:

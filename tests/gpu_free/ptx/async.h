@@ -78,7 +78,7 @@ inline size_t shared_offset(Warp &w, const Instruction &in, int lane, uint64_t a
   return static_cast<size_t>(w.block.shared_at(w, in, lane, address, bytes, align) - w.block.shared.bytes.data());
 }
 
-// Bytes written by ordinary stores (or cp.async), or by the async proxy: see Shared::unfenced.
+// Bytes written by ordinary stores, or by copies: see Shared::unfenced.
 inline void mark(Block &block, size_t offset, size_t bytes, bool unfenced) {
   for (size_t i = offset / 16; i < (offset + bytes + 15) / 16; ++i) block.shared.unfenced[i] = unfenced;
 }
