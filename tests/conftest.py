@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import on_device
@@ -12,25 +14,27 @@ import pytest
 import torch
 from on_device import DEVICE, KIND
 
-from vqkernels import _native, dispatch
+from vqkernels import _native, dispatch, ops
 
 if os.environ.get("VQKERNELS_REQUIRE_NATIVE") == "1" and (_reason := _native.unavailable()) is not None:
     # Tests are parametrised over what is there: without this, a library that does not load would leave the suite green.
     raise RuntimeError(f"VQKERNELS_REQUIRE_NATIVE=1, but the native library is not available: {_reason}")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Inductor compiles into a folder of this session, which the workers of xdist inherit; unless one was asked for.
+def pytest_configure() -> None:
+    """Inductor compiles into a folder for this version of the operators, which workers and later sessions share.
 
     Its own folder belongs to the user. What it finds there for a graph it takes, also if our operators have come to
     lay out their results differently since: then a test fails because of another version, tested earlier or beside it.
     """
     # One process compiles what several want, and the others wait: on a busy machine for more than the usual 600 s.
     os.environ.setdefault("TORCHINDUCTOR_FILE_LOCK_TIMEOUT", "3600")
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="vqkernels-inductor-", ignore_cleanup_errors=True)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
-        config.add_cleanup(folder.cleanup)
+    version = hashlib.sha256()
+    for path in sorted(Path(ops.__path__[0]).rglob("*.py")):
+        version.update(path.read_bytes())
+    user = os.getuid() if hasattr(os, "getuid") else "tests"
+    folder = Path(tempfile.gettempdir()) / f"vqkernels-inductor-{user}" / version.hexdigest()[:16]
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
