@@ -5,6 +5,16 @@ from __future__ import annotations
 import torch
 from ptx_machine import Module
 
+# By the names that Triton has for them.
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "i8": torch.int8,
+    "i32": torch.int32,
+}
+
 
 def module(body: str, parameters: str = ".param .u64 out", before: str = "", directives: str = "") -> Module:
     """A kernel ``k`` with the registers that the bodies here use; ``%out`` is the first parameter."""

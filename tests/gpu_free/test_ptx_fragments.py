@@ -11,15 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from ptx_machine import Module, PtxError, set_seed
-
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-    "i8": torch.int8,
-    "i32": torch.int32,
-}
+from ptx_text import DTYPES
 
 
 @pytest.fixture(autouse=True, params=(0, 1, 2))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ptx_machine import Module, PtxError, set_seed
+from ptx_text import DTYPES
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -24,14 +25,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SEEDS = range(4)
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-    "i8": torch.int8,
-    "i32": torch.int32,
-}
 SUMS = {"fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64, "i32": tl.int32}
 
 
