@@ -100,6 +100,7 @@ class Module:
         *arguments: Argument,
         shared: int = 0,
         cooperative: bool = False,
+        programmatic: bool = False,
     ) -> None:
         """Run a grid to its end. Integers and floats get the size of their parameter."""
         sizes = self.parameters(kernel)
@@ -107,7 +108,7 @@ class Module:
         assert [ctypes.sizeof(value) for value in values] == sizes
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         failed = library().ptx_launch(
-            self._handle, kernel.encode(), _three(grid), _three(block), shared, pointers, int(cooperative)
+            self._handle, kernel.encode(), _three(grid), _three(block), shared, pointers, cooperative + 2 * programmatic
         )
         if failed:
             raise PtxError(library().ptx_error().decode())

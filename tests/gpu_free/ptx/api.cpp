@@ -38,9 +38,10 @@ const char *ptx_parameters(void *module, const char *kernel) {
 }
 
 int ptx_launch(void *module, const char *kernel, const uint32_t *grid, const uint32_t *block, uint64_t dynamic_shared,
-               void *const *arguments, int cooperative) {
+               void *const *arguments, int attributes) {
   try {
-    ptx::launch(*static_cast<ptx::Module *>(module), kernel, grid, block, dynamic_shared, arguments, cooperative != 0);
+    ptx::launch(*static_cast<ptx::Module *>(module), kernel, grid, block, dynamic_shared, arguments,
+                {(attributes & 1) != 0, (attributes & 2) != 0});
     return 0;
   } catch (const std::exception &error) {
     message = error.what();

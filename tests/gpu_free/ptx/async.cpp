@@ -52,6 +52,15 @@ Outcome setmaxnreg(Warp &w, const Instruction &in, Lanes lanes) {
   return Outcome::next;
 }
 
+// griddepcontrol.wait: launches come one after another, so there is nothing to wait for.
+Outcome wait_for_launches(Warp &w, const Instruction &in, Lanes lanes) {
+  Grid &grid = w.block.grid;
+  if (grid.module.capability() < 90) w.fail(in, -1, "there is no griddepcontrol before sm_90");
+  w.early &= ~lanes;
+  grid.waited = true;
+  return Outcome::next;
+}
+
 // ---- clusters of one block ----
 
 bool all_arrived(Block &block) {
@@ -125,7 +134,8 @@ bool decode_async(Instruction &in) {
     if (count < 24 || count > 256 || count % 8) return false;
     in.detail[1] = static_cast<int>(count);
   } else if (name == "griddepcontrol") {
-    in.execute = nothing;
+    if (second != "wait" && second != "launch_dependents") return false;
+    in.execute = second == "wait" ? wait_for_launches : nothing;
   } else if (name == "barrier" && second == "cluster") {
     in.execute = has(in, "arrive") ? cluster_arrive : cluster_wait;
     in.detail[0] = has(in, "aligned");

@@ -62,6 +62,7 @@ Outcome copy(Warp &w, const Instruction &in, Lanes lanes) {
     if (taken > size) w.fail(in, lane, "src-size is larger than cp-size");
     if (taken && from % size) w.fail(in, lane, "the source is not aligned to " + std::to_string(size) + " bytes");
     if (taken && from & window_mask) w.fail(in, lane, "the source is not in global memory");
+    if (taken) check_early(w, in, lane, from);
     parts->push_back({shared_offset(w, in, lane, w.address(in.operands[0], lane), size, size), from, taken});
   });
   auto &mine = issued(w);
@@ -134,6 +135,7 @@ size_t bulk_size(Warp &w, const Instruction &in, int lane) {
 void check_global(Warp &w, const Instruction &in, int lane, uint64_t address) {
   if (address % 16) w.fail(in, lane, "a bulk copy's global address is not aligned to 16 bytes");
   if (address & window_mask) w.fail(in, lane, "a bulk copy's address is not in global memory");
+  check_early(w, in, lane, address);
 }
 
 void check_fenced(Warp &w, const Instruction &in, int lane, size_t from, size_t size) {

@@ -122,7 +122,7 @@ int blocks_per_multiprocessor(Kernel &kernel, unsigned threads, size_t dynamic_s
   return static_cast<int>(std::min<size_t>({by_shared, most_warps / ((threads + 31) / 32), most_blocks}));
 }
 
-void launch(Kernel &kernel, dim3 grid, dim3 block, size_t dynamic_shared, void *const *arguments, bool cooperative) {
+void launch(Kernel &kernel, dim3 grid, dim3 block, size_t dynamic_shared, void *const *arguments, ptx::Attributes attributes) {
   const ptx::Function &function = kernel.function();
   const auto refuse = [&](cudaError_t status, const std::string &why) { throw Failure{status, kernel.name + ": " + why}; };
   const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -137,12 +137,14 @@ void launch(Kernel &kernel, dim3 grid, dim3 block, size_t dynamic_shared, void *
                                       std::to_string(kernel.allowed()) + " are allowed");
   const uint64_t resident = static_cast<uint64_t>(multiprocessors) * static_cast<uint64_t>(blocks_per_multiprocessor(
                                                                          kernel, static_cast<unsigned>(threads), dynamic_shared));
-  if (cooperative && blocks > resident)
+  if (attributes.cooperative && blocks > resident)
     refuse(cudaErrorCooperativeLaunchTooLarge, std::to_string(blocks) + " blocks, of which " + std::to_string(resident) + " fit");
+  if (attributes.programmatic && kernel.module().capability() < 90)
+    refuse(cudaErrorNotSupported, "programmatic launches are for GPUs from sm_90 on");
   ++kernel.launches;
   const uint32_t grid_size[3] = {grid.x, grid.y, grid.z}, block_size[3] = {block.x, block.y, block.z};
   ptx::set_shared_limit(runtime().shared_limit);
-  ptx::launch(kernel.module(), kernel.name, grid_size, block_size, dynamic_shared, arguments, cooperative);
+  ptx::launch(kernel.module(), kernel.name, grid_size, block_size, dynamic_shared, arguments, attributes);
 }
 
 }  // namespace
@@ -168,7 +170,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
 }
 
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t) {
-  return guarded([&] { launch(*reinterpret_cast<Kernel *>(kernel), grid, block, shared, arguments, false); });
+  return guarded([&] { launch(*reinterpret_cast<Kernel *>(kernel), grid, block, shared, arguments, {}); });
 }
 
 // Of `kernel<<<...>>>()`, which the library has nowhere: every stub refers to it nevertheless.
@@ -176,13 +178,17 @@ cudaError_t __cudaPopCallConfiguration(dim3 *, dim3 *, size_t *, void *) { retur
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
   return guarded([&] {
-    bool cooperative = false;
+    ptx::Attributes attributes;
     for (unsigned i = 0; i < config->numAttrs; ++i) {
-      if (config->attrs[i].id != cudaLaunchAttributeCooperative)
-        throw Failure{cudaErrorNotSupported, "launch attribute " + std::to_string(config->attrs[i].id)};
-      cooperative = config->attrs[i].val.cooperative != 0;
+      const cudaLaunchAttribute &given = config->attrs[i];
+      if (given.id == cudaLaunchAttributeCooperative)
+        attributes.cooperative = given.val.cooperative != 0;
+      else if (given.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+        attributes.programmatic = given.val.programmaticStreamSerializationAllowed != 0;
+      else
+        throw Failure{cudaErrorNotSupported, "launch attribute " + std::to_string(given.id)};
     }
-    launch(kernel_at(function), config->gridDim, config->blockDim, config->dynamicSmemBytes, arguments, cooperative);
+    launch(kernel_at(function), config->gridDim, config->blockDim, config->dynamicSmemBytes, arguments, attributes);
   });
 }
 
@@ -220,7 +226,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
   return guarded([&] {
     if (device != 0) throw Failure{cudaErrorInvalidDevice, "there is one device, 0"};
     // That which all kernels are compiled for: sm_80, sm_90a.
-    const int capability = std::stoi(runtime().kernels.begin()->second.module().target.substr(3));
+    const int capability = runtime().kernels.begin()->second.module().capability();
     if (attribute == cudaDevAttrComputeCapabilityMajor)
       *value = capability / 10;
     else if (attribute == cudaDevAttrComputeCapabilityMinor)

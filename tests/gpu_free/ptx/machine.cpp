@@ -44,7 +44,7 @@ uint64_t Warp::special(const Operand &o, int lane) const {
   const Grid &grid = block.grid;
   const uint32_t *size = grid.block_size;
   const uint32_t linear = static_cast<uint32_t>(thread(lane)), bit = 1u << lane;
-  const uint64_t workspace = grid.cooperative ? reinterpret_cast<uint64_t>(grid.workspace.data()) : 0;
+  const uint64_t workspace = grid.attributes.cooperative ? reinterpret_cast<uint64_t>(grid.workspace.data()) : 0;
   if (o.kind != Operand::special)
     throw Error("kernel " + grid.function.name + ": the operand \"" + o.text + "\" is used as a value and has none");
   switch (o.slot) {
@@ -99,6 +99,14 @@ void Warp::fail(const Instruction &instruction, int lane, const std::string &why
   throw Error(where + ": " + why);
 }
 
+void check_early(const Warp &w, const Instruction &instruction, int lane, uint64_t address) {
+  if (!(w.early >> lane & 1)) return;
+  const std::vector<uint64_t> &own = w.block.grid.workspace;  // of this launch: nobody else writes it
+  const uint64_t begin = reinterpret_cast<uint64_t>(own.data());
+  if (address >= begin && address < begin + own.size() * sizeof own[0]) return;
+  w.fail(instruction, lane, "global memory is accessed before griddepcontrol.wait, in a programmatic launch");
+}
+
 unsigned char *Block::shared_at(const Warp &warp, const Instruction &instruction, int lane, uint64_t offset, size_t bytes,
                                 size_t align) {
   if ((offset & window_mask) == shared_window) offset -= shared_window;
@@ -145,7 +153,7 @@ void Deferred::all() {
 }
 
 void launch(Module &module, const std::string &kernel, const uint32_t grid_size[3], const uint32_t block_size[3],
-            size_t dynamic_shared, void *const *arguments, bool cooperative) {
+            size_t dynamic_shared, void *const *arguments, Attributes attributes) {
   const std::lock_guard<std::mutex> lock(launching);
   const Function &function = module.function(kernel);
   const auto refuse = [&](const std::string &why) { throw Error("launch of kernel " + kernel + ": " + why); };
@@ -164,7 +172,7 @@ void launch(Module &module, const std::string &kernel, const uint32_t grid_size[
     refuse(std::to_string(function.shared) + " + " + std::to_string(dynamic_shared) + " bytes of shared memory, of at most " +
            std::to_string(shared_limit));
 
-  Grid grid{module, function, {}, {}, dynamic_shared, cooperative};
+  Grid grid{module, function, {}, {}, dynamic_shared, attributes};
   grid.random = seed;
   std::copy(grid_size, grid_size + 3, grid.size);
   std::copy(block_size, block_size + 3, grid.block_size);
@@ -175,6 +183,9 @@ void launch(Module &module, const std::string &kernel, const uint32_t grid_size[
   ++total.launches;
   try {
     run_blocks(grid);
+    // Whoever comes next waits for this grid only, which then may be over before the one ahead of it.
+    if (attributes.programmatic && !grid.waited)
+      throw Error("kernel " + kernel + ": a programmatic launch in which no thread executed griddepcontrol.wait");
   } catch (...) {
     total.instructions += grid.instructions;
     throw;

@@ -144,6 +144,7 @@ struct Module {
 
   explicit Module(std::string text);
   const Function &function(const std::string &name);
+  int capability() const { return std::stoi(target.substr(3)); }  // 90
 };
 
 // ---- execution (machine.cpp, schedule.cpp) ----
@@ -164,6 +165,7 @@ struct Warp {
   // The scheduler's: lanes that tried and have to wait; `moved` of the grid when all of them did.
   Lanes waiting = 0;
   uint64_t stalled = 0;
+  Lanes early = 0;           // of a programmatic launch, those that have not executed griddepcontrol.wait
   uint32_t ticket[32] = {};  // free use of an instruction that waits: what the lane did on its first try; 0 otherwise
 
   uint64_t &at(int slot, int lane) { return registers[static_cast<size_t>(slot) * 32 + static_cast<size_t>(lane)]; }
@@ -222,12 +224,19 @@ class Deferred {
   uint64_t *random = nullptr;  // of the grid; null: at once
 };
 
+// How a kernel is launched, besides its sizes.
+struct Attributes {
+  bool cooperative = false;  // all blocks are resident
+  bool programmatic =
+      false;  // starts before the launch ahead of it has ended: what that wrote is there after griddepcontrol.wait
+};
+
 struct Grid {
   const Module &module;
   const Function &function;
   uint32_t size[3], block_size[3];
   size_t dynamic_shared;
-  bool cooperative;
+  Attributes attributes;
   std::vector<unsigned char> parameters = {};
   std::vector<std::unique_ptr<Block>> blocks = {};              // those that are resident
   std::vector<uint64_t> workspace = std::vector<uint64_t>(64);  // of a cooperative grid, for its barrier: envreg1 and 2
@@ -237,7 +246,11 @@ struct Grid {
   // `patience` such moments in a row the grid is deadlocked.
   bool impatient = false;
   uint64_t instructions = 0;  // executed, of all warps
+  bool waited = false;        // some thread has executed griddepcontrol.wait
 };
+
+// An Error if the lane may not access global memory yet.
+void check_early(const Warp &, const Instruction &, int lane, uint64_t address);
 
 uint64_t next_random(uint64_t &state);
 // Runs the grid's blocks to their ends (schedule.cpp).
@@ -245,7 +258,7 @@ void run_blocks(Grid &);
 
 // One launch. `arguments` points at each parameter, as cuLaunchKernel's. Runs to the end; throws Error.
 void launch(Module &, const std::string &kernel, const uint32_t grid[3], const uint32_t block[3], size_t dynamic_shared,
-            void *const *arguments, bool cooperative);
+            void *const *arguments, Attributes);
 
 // For all launches from now on. 0: threads in order, asynchronous work at once; others: a mixture.
 void set_seed(uint64_t);
@@ -266,10 +279,10 @@ __attribute__((visibility("default"))) void ptx_unload(void *module);
 // Names of kernels, a line each; the sizes of a kernel's parameters in bytes, separated by spaces. Valid until the next call.
 __attribute__((visibility("default"))) const char *ptx_kernels(void *module);
 __attribute__((visibility("default"))) const char *ptx_parameters(void *module, const char *kernel);
-// 0, or 1: ptx_error() says why.
+// 0, or 1: ptx_error() says why. Attributes: 1 cooperative, 2 programmatic.
 __attribute__((visibility("default"))) int ptx_launch(void *module, const char *kernel, const uint32_t *grid,
                                                       const uint32_t *block, uint64_t dynamic_shared, void *const *arguments,
-                                                      int cooperative);
+                                                      int attributes);
 __attribute__((visibility("default"))) const char *ptx_error(void);
 __attribute__((visibility("default"))) void ptx_seed(uint64_t);
 __attribute__((visibility("default"))) void ptx_shared_limit(uint64_t bytes);

@@ -63,7 +63,7 @@ class Scheduler {
   enum Order { anyone, eager, starving };
 
   void fill() {
-    const size_t room = grid_.cooperative ? total_ : resident;
+    const size_t room = grid_.attributes.cooperative ? total_ : resident;
     while (grid_.blocks.size() < room && started_ < total_) {
       uint64_t linear = started_++;
       if (random_) linear = static_cast<uint64_t>((static_cast<unsigned __int128>(linear) * step_ + first_) % total_);
@@ -93,6 +93,7 @@ class Scheduler {
       Warp &warp = *block.warps.back();
       const int lanes = std::min(32, block.threads - first);
       warp.live = lanes == 32 ? ~Lanes{0} : (Lanes{1} << lanes) - 1;
+      warp.early = grid_.attributes.programmatic ? warp.live : 0;
       warp.stalled = ~uint64_t{0};
       if (!spare_.empty()) {
         warp.registers = std::move(spare_.back());
