@@ -48,7 +48,11 @@ def build_ptx(arch: str) -> Path:
 
 def run_hosted(library: Path, *arguments: str | Path, run: tuple[str, ...] = ("-m", "pytest")) -> str:
     """Run hosted tests on a library's kernels; what pytest, or what else starts it, printed."""
-    environment = os.environ | {"VQKERNELS_CUDA_LIBRARY": str(library), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "VQKERNELS_CUDA_LIBRARY": str(library),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, *run, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def library() -> ctypes.CDLL:
         ("ptx_error", text, []),
         ("ptx_seed", None, [number]),
         ("ptx_shared_limit", None, [number]),
+        ("ptx_global", None, [ctypes.POINTER(number), number]),
         ("ptx_launches", number, []),
         ("ptx_instructions", number, []),
     ):
@@ -101,17 +102,35 @@ class Module:
         shared: int = 0,
         cooperative: bool = False,
         programmatic: bool = False,
+        memory: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Run a grid to its end. Integers and floats get the size of their parameter."""
+        """Run a grid to its end. Integers and floats get the size of their parameter.
+
+        Args:
+            memory: outside of these tensors' storages, accesses of global memory are errors; none: not checked.
+        """
         sizes = self.parameters(kernel)
         values = [_converted(value, size) for value, size in zip(arguments, sizes, strict=True)]
         assert [ctypes.sizeof(value) for value in values] == sizes
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        library().ptx_global(*ranges(storages(memory)))
         failed = library().ptx_launch(
             self._handle, kernel.encode(), _three(grid), _three(block), shared, pointers, cooperative + 2 * programmatic
         )
+        library().ptx_global(None, 0)
         if failed:
             raise PtxError(library().ptx_error().decode())
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
+    """Address and bytes of what tensors lie in."""
+    return [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors]
+
+
+def ranges(storages: Iterable[tuple[int, int]]) -> tuple[ctypes.Array[ctypes.c_uint64], int]:
+    """The arguments of ``ptx_global``."""
+    bounds = [bound for address, size in storages for bound in (address, address + size)]
+    return (ctypes.c_uint64 * len(bounds))(*bounds), len(bounds) // 2
 
 
 def _three(size: int | Sequence[int]) -> ctypes.Array[ctypes.c_uint32]:

@@ -19,6 +19,8 @@ from vqkernels import _cuda, _native
 from vqkernels._cuda_nearest import SM80, SM90
 
 ROUNDS = int(os.environ.get("VQKERNELS_EMULATE", "0"))
+# An access outside of the tensors that a call was given is an error.
+PLUGIN = ("-p", "memory_on_ptx")
 # Kernels that are a trap but for sm_90a.
 HOPPER = ("screen90", "products90")
 # For pytest's -k, all that can run. A descriptor without meaning gives wrong sums in C++ and on a GPU, an error here.
@@ -47,7 +49,7 @@ sys.exit(status)
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", CHOSEN)
 def test_every_kernel_runs_as_it_was_compiled(arch: str) -> None:
-    out = run_hosted(build_ptx(arch), *FILES, "-k", CHOSEN[arch], run=("-c", REPORTING))
+    out = run_hosted(build_ptx(arch), *PLUGIN, *FILES, "-k", CHOSEN[arch], run=("-c", REPORTING))
     launched = {name: int(count) for count, name in re.findall(r"^launched (\d+) (\w+)$", out, flags=re.M)}
     hopper = {name for name in launched if any(part in name for part in HOPPER)}
     assert (len(launched), len(hopper)) >= (50, 10)
@@ -64,7 +66,7 @@ def test_every_kernel_runs_as_it_was_compiled(arch: str) -> None:
 def test_emulated(arch: str, path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VQKERNELS_HOST_ROUND", str(number))
     selected = ALL[arch].get(path.stem, "not sm90" if arch == "80" else "test")
-    assert " passed" in run_hosted(build_ptx(arch), path, "-k", selected)
+    assert " passed" in run_hosted(build_ptx(arch), *PLUGIN, path, "-k", selected)
 
 
 @pytest.mark.slow

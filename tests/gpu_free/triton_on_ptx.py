@@ -55,6 +55,7 @@ class Launcher:
             function.module.launch(
                 function.name, (x, y, z), 32 * self.metadata.num_warps, *(a for _, a in given), *[0] * nothing,
                 shared=self.metadata.shared, cooperative=self.metadata.launch_cooperative_grid,
+                memory=[a for kind, a in given if kind.startswith("*")],
             )  # fmt: skip
             executed.setdefault(self.kernel, set()).update(kind for kind, _ in given if kind.startswith("*"))
 

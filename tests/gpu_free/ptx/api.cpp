@@ -52,5 +52,10 @@ int ptx_launch(void *module, const char *kernel, const uint32_t *grid, const uin
 const char *ptx_error() { return message.c_str(); }
 void ptx_seed(uint64_t seed) { ptx::set_seed(seed); }
 void ptx_shared_limit(uint64_t bytes) { ptx::set_shared_limit(bytes); }
+void ptx_global(const uint64_t *ranges, uint64_t count) {
+  std::vector<ptx::Range> all(count);
+  for (size_t k = 0; k < count; ++k) all[k] = {ranges[2 * k], ranges[2 * k + 1]};
+  ptx::set_global(std::move(all));
+}
 uint64_t ptx_launches() { return ptx::counts().launches; }
 uint64_t ptx_instructions() { return ptx::counts().instructions; }

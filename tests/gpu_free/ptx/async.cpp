@@ -57,6 +57,7 @@ Outcome wait_for_launches(Warp &w, const Instruction &in, Lanes lanes) {
   Grid &grid = w.block.grid;
   if (grid.module.capability() < 90) w.fail(in, -1, "there is no griddepcontrol before sm_90");
   w.early &= ~lanes;
+  watch(w);
   grid.waited = true;
   return Outcome::next;
 }

@@ -62,7 +62,7 @@ Outcome copy(Warp &w, const Instruction &in, Lanes lanes) {
     if (taken > size) w.fail(in, lane, "src-size is larger than cp-size");
     if (taken && from % size) w.fail(in, lane, "the source is not aligned to " + std::to_string(size) + " bytes");
     if (taken && from & window_mask) w.fail(in, lane, "the source is not in global memory");
-    if (taken) check_early(w, in, lane, from);
+    if (taken) check_global(w, in, lane, from, taken);
     parts->push_back({shared_offset(w, in, lane, w.address(in.operands[0], lane), size, size), from, taken});
   });
   auto &mine = issued(w);
@@ -132,10 +132,10 @@ size_t bulk_size(Warp &w, const Instruction &in, int lane) {
   return size;
 }
 
-void check_global(Warp &w, const Instruction &in, int lane, uint64_t address) {
+void check_bulk(Warp &w, const Instruction &in, int lane, uint64_t address, size_t size) {
   if (address % 16) w.fail(in, lane, "a bulk copy's global address is not aligned to 16 bytes");
   if (address & window_mask) w.fail(in, lane, "a bulk copy's address is not in global memory");
-  check_early(w, in, lane, address);
+  check_global(w, in, lane, address, size);
 }
 
 void check_fenced(Warp &w, const Instruction &in, int lane, size_t from, size_t size) {
@@ -157,7 +157,7 @@ Outcome bulk_in(Warp &w, const Instruction &in, Lanes lanes) {
     if (from_shared)
       check_fenced(w, in, lane, from = shared_offset(w, in, lane, from, size, 16), size);
     else
-      check_global(w, in, lane, from);
+      check_bulk(w, in, lane, from, size);
     const size_t barrier = shared_offset(w, in, lane, w.address(in.operands[3], lane), 8, 8);
     if (!barrier_at(w, in, lane, barrier).fenced)
       w.fail(in, lane, "the mbarrier was initialised with no fence (mbarrier_init or proxy.async) since");
@@ -179,7 +179,7 @@ Outcome bulk_out(Warp &w, const Instruction &in, Lanes lanes) {
   for_lanes(lanes, [&](int lane) {
     const size_t size = bulk_size(w, in, lane);
     const uint64_t to = w.address(in.operands[0], lane);
-    check_global(w, in, lane, to);
+    check_bulk(w, in, lane, to, size);
     const size_t from = shared_offset(w, in, lane, w.address(in.operands[1], lane), size, 16);
     check_fenced(w, in, lane, from, size);
     auto data = std::make_shared<std::vector<unsigned char>>(size);

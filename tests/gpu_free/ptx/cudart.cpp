@@ -254,6 +254,13 @@ API void vqk_cuda_host_seed(uint64_t seed) { ptx::set_seed(seed); }
 API int64_t vqk_cuda_host_launches() { return static_cast<int64_t>(ptx::counts().launches); }
 API void vqk_cuda_host_shared(uint64_t bytes) { runtime().shared_limit = bytes; }
 
+// As ptx_global() of api.cpp.
+API void vqk_cuda_ptx_global(const uint64_t *ranges, uint64_t count) {
+  std::vector<ptx::Range> all(count);
+  for (size_t k = 0; k < count; ++k) all[k] = {ranges[2 * k], ranges[2 * k + 1]};
+  ptx::set_global(std::move(all));
+}
+
 // A line for every kernel of the library: how often it was launched, and its name.
 API const char *vqk_cuda_ptx_kernels() {
   static std::string lines;

@@ -99,14 +99,6 @@ void Warp::fail(const Instruction &instruction, int lane, const std::string &why
   throw Error(where + ": " + why);
 }
 
-void check_early(const Warp &w, const Instruction &instruction, int lane, uint64_t address) {
-  if (!(w.early >> lane & 1)) return;
-  const std::vector<uint64_t> &own = w.block.grid.workspace;  // of this launch: nobody else writes it
-  const uint64_t begin = reinterpret_cast<uint64_t>(own.data());
-  if (address >= begin && address < begin + own.size() * sizeof own[0]) return;
-  w.fail(instruction, lane, "global memory is accessed before griddepcontrol.wait, in a programmatic launch");
-}
-
 unsigned char *Block::shared_at(const Warp &warp, const Instruction &instruction, int lane, uint64_t offset, size_t bytes,
                                 size_t align) {
   if ((offset & window_mask) == shared_window) offset -= shared_window;
@@ -179,6 +171,7 @@ void launch(Module &module, const std::string &kernel, const uint32_t grid_size[
   grid.parameters.resize(function.parameter_bytes);
   for (size_t i = 0; i < function.parameters.size(); ++i)
     std::memcpy(grid.parameters.data() + function.parameters[i].offset, arguments[i], function.parameters[i].size);
+  grid.memory = accessible(grid);
   if (seed != 0) grid.deferred.random = &grid.random;
   ++total.launches;
   try {

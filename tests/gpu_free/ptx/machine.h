@@ -130,12 +130,17 @@ struct Function {
   int max_threads = 1024;     // .maxntid or .reqntid
   uint32_t required[3] = {};  // .reqntid
 };
+// Bytes of global memory.
+struct Range {
+  uint64_t begin, end;
+};
 struct Module {
   std::string text, target;                   // "sm_90a"
   std::map<std::string, size_t> where;        // kernels: where each starts in `text`
   std::map<std::string, Function> functions;  // parsed on demand: nearest's PTX has 64000 lines
   std::map<std::string, uint64_t> globals;    // .global and .const symbols: addresses in `memory`
   std::deque<std::vector<uint64_t>> memory;
+  std::vector<Range> variables;  // where those of `globals` are
   struct SharedVariable {
     size_t bytes, align;
     bool dynamic;
@@ -166,6 +171,7 @@ struct Warp {
   Lanes waiting = 0;
   uint64_t stalled = 0;
   Lanes early = 0;           // of a programmatic launch, those that have not executed griddepcontrol.wait
+  Lanes watched = 0;         // whose accesses of global memory check_global() has to see
   uint32_t ticket[32] = {};  // free use of an instruction that waits: what the lane did on its first try; 0 otherwise
 
   uint64_t &at(int slot, int lane) { return registers[static_cast<size_t>(slot) * 32 + static_cast<size_t>(lane)]; }
@@ -240,6 +246,7 @@ struct Grid {
   std::vector<unsigned char> parameters = {};
   std::vector<std::unique_ptr<Block>> blocks = {};              // those that are resident
   std::vector<uint64_t> workspace = std::vector<uint64_t>(64);  // of a cooperative grid, for its barrier: envreg1 and 2
+  std::vector<Range> memory = {};                               // what it may access, in order; empty: not checked
   Deferred deferred = {};
   uint64_t random = 0;  // state of the generator: next_random(random)
   // True while a wait that gives up after a time (mbarrier.try_wait) must do so, because nothing else moves. After
@@ -249,8 +256,12 @@ struct Grid {
   bool waited = false;        // some thread has executed griddepcontrol.wait
 };
 
-// An Error if the lane may not access global memory yet.
-void check_early(const Warp &, const Instruction &, int lane, uint64_t address);
+// An Error if a lane may not access these bytes of global memory, or not yet (global.cpp). Constants may be read at any time.
+void check_global(Warp &, const Instruction &, int lane, uint64_t address, size_t bytes, bool constant = false);
+// Of a new warp, or after griddepcontrol.wait.
+void watch(Warp &);
+// What a grid may access: the ranges that its thread has set, and what belongs to the launch itself.
+std::vector<Range> accessible(const Grid &);
 
 uint64_t next_random(uint64_t &state);
 // Runs the grid's blocks to their ends (schedule.cpp).
@@ -264,6 +275,8 @@ void launch(Module &, const std::string &kernel, const uint32_t grid[3], const u
 void set_seed(uint64_t);
 // Bytes of shared memory that a block may have.
 void set_shared_limit(size_t);
+// What launches of this thread may access of global memory besides their module's variables; none: everything.
+void set_global(std::vector<Range>);
 // Launches and warp instructions since the start.
 struct Counts {
   uint64_t launches, instructions;
@@ -286,6 +299,8 @@ __attribute__((visibility("default"))) int ptx_launch(void *module, const char *
 __attribute__((visibility("default"))) const char *ptx_error(void);
 __attribute__((visibility("default"))) void ptx_seed(uint64_t);
 __attribute__((visibility("default"))) void ptx_shared_limit(uint64_t bytes);
+// Pairs: where a range of global memory begins and where it ends, `count` pairs.
+__attribute__((visibility("default"))) void ptx_global(const uint64_t *ranges, uint64_t count);
 __attribute__((visibility("default"))) uint64_t ptx_launches(void);
 __attribute__((visibility("default"))) uint64_t ptx_instructions(void);
 }

@@ -48,6 +48,7 @@ void read_global(Lexer &lexer, Module &module) {
     const uint64_t address = round_up(base, align);
     if (lexer.accept("=")) read_values(lexer, module, variable, reinterpret_cast<unsigned char *>(address));
     module.globals[variable.name] = address;
+    module.variables.push_back({address, address + variable.bytes});
   }
   lexer.expect(";");
 }

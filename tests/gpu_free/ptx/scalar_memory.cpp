@@ -55,7 +55,7 @@ unsigned char *checked(Warp &w, const Instruction &i, int lane, Space space, uin
   if (space_of(address) != Space::global) w.fail(i, lane, "address " + hex(address) + " is not of global memory");
   if (address < null_page) w.fail(i, lane, "address " + hex(address) + " is null");
   if (address % bytes) w.fail(i, lane, "address " + hex(address) + " is no multiple of " + std::to_string(bytes));
-  if (space != Space::constant) check_early(w, i, lane, address);
+  check_global(w, i, lane, address, bytes, space == Space::constant);
   return reinterpret_cast<unsigned char *>(address);
 }
 

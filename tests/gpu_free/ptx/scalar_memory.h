@@ -27,7 +27,8 @@ constexpr uint64_t null_page = 4096;
 unsigned char *checked(Warp &, const Instruction &, int lane, Space, uint64_t address, size_t bytes, bool write);
 inline unsigned char *located(Warp &w, const Instruction &i, int lane, Space space, uint64_t address, size_t bytes, bool write) {
   const bool aligned = (address & (bytes - 1)) == 0;
-  if (space <= Space::constant && aligned && address >= null_page && space_of(address) == Space::global && !(w.early >> lane & 1))
+  if (space <= Space::constant && aligned && address >= null_page && space_of(address) == Space::global &&
+      !(w.watched >> lane & 1))
     return reinterpret_cast<unsigned char *>(address);  // global memory is the host's own
   if (space == Space::shared && aligned && !write) {
     std::vector<unsigned char> &all = w.block.shared.bytes;

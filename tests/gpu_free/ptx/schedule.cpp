@@ -94,6 +94,7 @@ class Scheduler {
       const int lanes = std::min(32, block.threads - first);
       warp.live = lanes == 32 ? ~Lanes{0} : (Lanes{1} << lanes) - 1;
       warp.early = grid_.attributes.programmatic ? warp.live : 0;
+      watch(warp);
       warp.stalled = ~uint64_t{0};
       if (!spare_.empty()) {
         warp.registers = std::move(spare_.back());
