@@ -7,6 +7,7 @@ then on, and for as long as it lives, its storage may be accessed by kernels, an
 from __future__ import annotations
 
 import ctypes
+import os
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """From here on a tensor that is asked for its address is accessible."""
     tell = _cuda.lib().vqk_cuda_ptx_global
     tell.restype, tell.argtypes = None, [ctypes.POINTER(ctypes.c_uint64), ctypes.c_uint64]
+    _cuda.lib().vqk_cuda_ptx_races("VQKERNELS_TEST_RACES" in os.environ)
     data_ptr = torch.Tensor.data_ptr
 
     def recorded(tensor: torch.Tensor) -> int:

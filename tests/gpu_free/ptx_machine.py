@@ -36,6 +36,7 @@ def library() -> ctypes.CDLL:
         ("ptx_launch", ctypes.c_int, [pointer, text, pointer, pointer, number, pointer, ctypes.c_int]),
         ("ptx_error", text, []),
         ("ptx_seed", None, [number]),
+        ("ptx_races", None, [ctypes.c_int]),
         ("ptx_shared_limit", None, [number]),
         ("ptx_global", None, [ctypes.POINTER(number), number]),
         ("ptx_launches", number, []),
@@ -141,6 +142,11 @@ def _three(size: int | Sequence[int]) -> ctypes.Array[ctypes.c_uint32]:
 def set_seed(seed: int) -> None:
     """Choose the order in which warps run, for all launches from now on."""
     library().ptx_seed(seed)
+
+
+def set_races(on: bool) -> None:
+    """Choose whether races for shared memory are looked for; costs time."""
+    library().ptx_races(on)
 
 
 def set_shared_limit(size: int) -> None:

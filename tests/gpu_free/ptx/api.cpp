@@ -51,6 +51,7 @@ int ptx_launch(void *module, const char *kernel, const uint32_t *grid, const uin
 
 const char *ptx_error() { return message.c_str(); }
 void ptx_seed(uint64_t seed) { ptx::set_seed(seed); }
+void ptx_races(int on) { ptx::set_races(on != 0); }
 void ptx_shared_limit(uint64_t bytes) { ptx::set_shared_limit(bytes); }
 void ptx_global(const uint64_t *ranges, uint64_t count) {
   std::vector<ptx::Range> all(count);

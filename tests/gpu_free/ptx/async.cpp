@@ -1,5 +1,6 @@
 // Fences between proxies, setmaxnreg, and what is left of clusters and dependent launches when each is a single block.
 #include "async.h"
+#include "races.h"
 
 namespace ptx {
 namespace {
@@ -81,6 +82,7 @@ Outcome cluster_arrive(Warp &w, const Instruction &in, Lanes lanes) {
     mine = state.generation;
     ++state.arrived;
   });
+  if (w.block.races && !has(in, "relaxed")) w.block.races->come(w, lanes, Races::cluster);
   all_arrived(w.block);
   return Outcome::next;
 }
@@ -95,6 +97,7 @@ Outcome cluster_wait(Warp &w, const Instruction &in, Lanes lanes) {
     ready &= mine < state.generation || (all_arrived(w.block) && mine < state.generation);
   });
   if (!ready) return Outcome::wait;
+  if (w.block.races) w.block.races->go_on(w, lanes, Races::cluster);
   for_lanes(lanes, [&](int lane) { state.generation_of[static_cast<size_t>(w.thread(lane))] = 0; });
   return Outcome::next;
 }

@@ -1,5 +1,6 @@
 // cp.async and cp.async.bulk: each copy is done at some moment between its issue and the wait that covers it, in any order.
 #include "async.h"
+#include "races.h"
 
 namespace ptx {
 namespace {
@@ -64,6 +65,7 @@ Outcome copy(Warp &w, const Instruction &in, Lanes lanes) {
     if (taken && from & window_mask) w.fail(in, lane, "the source is not in global memory");
     if (taken) check_global(w, in, lane, from, taken);
     parts->push_back({shared_offset(w, in, lane, w.address(in.operands[0], lane), size, size), from, taken});
+    if (w.block.races) w.block.races->copy(w, in, lane, parts->back().to, size);
   });
   auto &mine = issued(w);
   Block *block = &w.block;
@@ -82,6 +84,7 @@ Outcome copy(Warp &w, const Instruction &in, Lanes lanes) {
 Outcome commit(Warp &w, const Instruction &in, Lanes lanes) {
   auto &mine = issued(w);
   for_lanes(lanes, [&](int lane) { ++(in.detail[bulk] ? mine.bulk_committed : mine.committed)[lane]; });
+  if (w.block.races) w.block.races->commit(w, lanes, in.detail[bulk] ? Races::stores : Races::copies);
   return Outcome::next;
 }
 
@@ -94,12 +97,14 @@ Outcome wait_group(Warp &w, const Instruction &in, Lanes lanes) {
     wait_for(w, mine.reads, mine.bulk_committed, lanes, but);
     if (!in.detail[reading]) wait_for(w, mine.writes, mine.bulk_committed, lanes, but);
   }
+  if (w.block.races) w.block.races->wait(w, lanes, in.detail[bulk] ? Races::stores : Races::copies, but);
   return Outcome::next;
 }
 
 Outcome wait_all(Warp &w, const Instruction &, Lanes lanes) {
   auto &mine = issued(w);
   wait_for(w, mine.copies, mine.committed, lanes, -1);
+  if (w.block.races) w.block.races->wait(w, lanes, Races::copies, -1);
   return Outcome::next;
 }
 
@@ -112,12 +117,15 @@ Outcome arrive_after(Warp &w, const Instruction &in, Lanes lanes) {
     const size_t offset = shared_offset(w, in, lane, w.address(in.operands[0], lane), 8, 8);
     barrier_at(w, in, lane, offset);
     if (!has(in, "noinc")) expect_arrival(w, in, lane, offset);
+    Known known;
+    if (w.block.races) known = w.block.races->arrival_of_copies(w, lane);
     Queue before;
     for (const auto &pending : mine.copies)
       if (pending->lanes >> lane & 1) before.push_back(pending);
     issue(w, nullptr, nullptr, 1u << lane, in_block(w.block, [=] {
             for (const auto &pending : before) pending->run();
             barrier_at(*warp, *instruction, lane, offset);
+            if (known) warp->block.races->arrive(known, offset);
             arrive(*warp, *instruction, lane, offset, 1);
           }));
   });
@@ -159,8 +167,14 @@ Outcome bulk_in(Warp &w, const Instruction &in, Lanes lanes) {
     else
       check_bulk(w, in, lane, from, size);
     const size_t barrier = shared_offset(w, in, lane, w.address(in.operands[3], lane), 8, 8);
-    if (!barrier_at(w, in, lane, barrier).fenced)
-      w.fail(in, lane, "the mbarrier was initialised with no fence (mbarrier_init or proxy.async) since");
+    const Barrier &counts = barrier_at(w, in, lane, barrier);
+    if (!counts.fenced) w.fail(in, lane, "the mbarrier was initialised with no fence (mbarrier_init or proxy.async) since");
+    if (Races *races = w.block.races.get()) {
+      races->access(w, in, lane, w.block.shared.bytes.data() + barrier, 8, Races::updates, Races::strong);
+      races->arrive(w, lane, barrier);
+      if (from_shared) races->bulk_copy(w, in, lane, from, size, Races::reads, barrier, counts.phase);
+      races->bulk_copy(w, in, lane, to, size, Races::writes, barrier, counts.phase);
+    }
     issue(w, nullptr, nullptr, 1u << lane, in_block(w.block, [=] {
             unsigned char *shared = warp->block.shared.bytes.data();
             std::memmove(shared + to, from_shared ? shared + from : reinterpret_cast<const unsigned char *>(from), size);
@@ -182,6 +196,7 @@ Outcome bulk_out(Warp &w, const Instruction &in, Lanes lanes) {
     check_bulk(w, in, lane, to, size);
     const size_t from = shared_offset(w, in, lane, w.address(in.operands[1], lane), size, 16);
     check_fenced(w, in, lane, from, size);
+    if (w.block.races) w.block.races->bulk_store(w, in, lane, from, size);
     auto data = std::make_shared<std::vector<unsigned char>>(size);
     auto there = std::make_shared<bool>(false);
     auto read = issue(w, &mine.reads, mine.bulk_committed, 1u << lane, in_block(w.block, [=] {

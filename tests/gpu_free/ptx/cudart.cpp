@@ -251,6 +251,7 @@ const char *cudaGetErrorString(cudaError_t) { return last.why.c_str(); }
 // ---- for tests ----
 
 API void vqk_cuda_host_seed(uint64_t seed) { ptx::set_seed(seed); }
+API void vqk_cuda_ptx_races(int on) { ptx::set_races(on != 0); }
 API int64_t vqk_cuda_host_launches() { return static_cast<int64_t>(ptx::counts().launches); }
 API void vqk_cuda_host_shared(uint64_t bytes) { runtime().shared_limit = bytes; }
 

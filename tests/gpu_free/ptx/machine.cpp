@@ -10,6 +10,7 @@ namespace {
 std::mutex launching;
 uint64_t seed = 0;
 size_t shared_limit = 227 * 1024;
+bool looks_for_races = false;
 Counts total{0, 0};
 
 std::string triple(const uint32_t at[3]) {
@@ -28,6 +29,11 @@ uint64_t next_random(uint64_t &state) {
 void set_seed(uint64_t value) {
   const std::lock_guard<std::mutex> lock(launching);
   seed = value;
+}
+
+void set_races(bool on) {
+  const std::lock_guard<std::mutex> lock(launching);
+  looks_for_races = on;
 }
 
 void set_shared_limit(size_t bytes) {
@@ -85,6 +91,12 @@ uint64_t Warp::special(const Operand &o, int lane) const {
   }
 }
 
+std::string thread_name(const Block &block, int thread) {
+  const uint32_t *size = block.grid.block_size, linear = static_cast<uint32_t>(thread);
+  const uint32_t at[3] = {linear % size[0], linear / size[0] % size[1], linear / (size[0] * size[1])};
+  return triple(at);
+}
+
 void Warp::fail(const Instruction &instruction, int lane, const std::string &why) const {
   const Grid &grid = block.grid;
   std::string where = "kernel " + grid.function.name + ", line " + std::to_string(instruction.line) + " \"" + instruction.text +
@@ -92,9 +104,7 @@ void Warp::fail(const Instruction &instruction, int lane, const std::string &why
   if (lane < 0) {
     where += "warp " + std::to_string(index);
   } else {
-    const uint32_t *size = grid.block_size, linear = static_cast<uint32_t>(thread(lane));
-    const uint32_t at[3] = {linear % size[0], linear / size[0] % size[1], linear / (size[0] * size[1])};
-    where += "thread " + triple(at);
+    where += "thread " + thread_name(block, thread(lane));
   }
   throw Error(where + ": " + why);
 }
@@ -172,6 +182,7 @@ void launch(Module &module, const std::string &kernel, const uint32_t grid_size[
   for (size_t i = 0; i < function.parameters.size(); ++i)
     std::memcpy(grid.parameters.data() + function.parameters[i].offset, arguments[i], function.parameters[i].size);
   grid.memory = accessible(grid);
+  grid.races = looks_for_races;
   if (seed != 0) grid.deferred.random = &grid.random;
   ++total.launches;
   try {

@@ -215,6 +215,7 @@ struct Block {
   std::shared_ptr<struct BarrierState> barriers = {};
   std::shared_ptr<struct AsyncState> async = {};
   std::shared_ptr<struct MatrixState> matrix = {};
+  std::shared_ptr<class Races> races = {};  // null: not looked for
 };
 
 // Asynchronous work of a grid: done at a moment that the seed chooses, at the latest when nothing else can move, or when
@@ -253,6 +254,7 @@ struct Grid {
   // `patience` such moments in a row the grid is deadlocked.
   bool impatient = false;
   uint64_t instructions = 0;  // executed, of all warps
+  bool races = false;         // are looked for
   bool waited = false;        // some thread has executed griddepcontrol.wait
 };
 
@@ -262,6 +264,9 @@ void check_global(Warp &, const Instruction &, int lane, uint64_t address, size_
 void watch(Warp &);
 // What a grid may access: the ranges that its thread has set, and what belongs to the launch itself.
 std::vector<Range> accessible(const Grid &);
+
+// "(x,y,z)" of a thread by its number in the block.
+std::string thread_name(const Block &, int thread);
 
 uint64_t next_random(uint64_t &state);
 // Runs the grid's blocks to their ends (schedule.cpp).
@@ -273,6 +278,8 @@ void launch(Module &, const std::string &kernel, const uint32_t grid[3], const u
 
 // For all launches from now on. 0: threads in order, asynchronous work at once; others: a mixture.
 void set_seed(uint64_t);
+// Whether to look for races (races.h): costs time.
+void set_races(bool);
 // Bytes of shared memory that a block may have.
 void set_shared_limit(size_t);
 // What launches of this thread may access of global memory besides their module's variables; none: everything.
@@ -298,6 +305,7 @@ __attribute__((visibility("default"))) int ptx_launch(void *module, const char *
                                                       int attributes);
 __attribute__((visibility("default"))) const char *ptx_error(void);
 __attribute__((visibility("default"))) void ptx_seed(uint64_t);
+__attribute__((visibility("default"))) void ptx_races(int);
 __attribute__((visibility("default"))) void ptx_shared_limit(uint64_t bytes);
 // Pairs: where a range of global memory begins and where it ends, `count` pairs.
 __attribute__((visibility("default"))) void ptx_global(const uint64_t *ranges, uint64_t count);

@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "matrix.h"
+#include "races.h"
 
 namespace ptx {
 
@@ -201,8 +202,11 @@ Outcome mma_async(Warp &w, const Instruction &in, Lanes lanes) {
 
   const Matrix a = from_registers ? Matrix{} : matrix(w, in, a_bits, !in.detail[transposes_a], "A");
   const Matrix b = matrix(w, in, b_bits, !in.detail[transposes_b], "B");
-  if (w.block.grid.deferred.random) {  // if it is done at once it checks that itself
-    const auto check = [](int, int, const unsigned char *) {};
+  Races *const races = w.block.races.get();
+  if (races || w.block.grid.deferred.random) {  // if it is done at once it checks that itself
+    const auto check = [&](int, int, const unsigned char *bytes) {
+      if (races) races->product(w, in, static_cast<size_t>(bytes - w.block.shared.bytes.data()), 16);
+    };
     if (!from_registers) granules(w, in, a, "A", in.detail[type_a], w.index % 4 * 16, 16, check);
     granules(w, in, b, "B", in.detail[type_b], 0, in.detail[columns], check);
   }
@@ -226,6 +230,7 @@ Outcome fence(Warp &w, const Instruction &in, Lanes lanes) {
 Outcome commit_group(Warp &w, const Instruction &in, Lanes lanes) {
   if (!whole(w, in, lanes)) return Outcome::wait;
   ++state_of(w.block).warps[static_cast<size_t>(w.index)].committed;
+  if (w.block.races) w.block.races->commit(w, lanes, Races::products);
   return Outcome::next;
 }
 
@@ -236,6 +241,7 @@ Outcome wait_group(Warp &w, const Instruction &in, Lanes lanes) {
   uint64_t due = mine.done;
   for (const auto &product : mine.products) due += product.group + but < mine.committed;
   mine.run_until(due);
+  if (w.block.races) w.block.races->wait(w, lanes, Races::products, static_cast<int64_t>(but));
   if (mine.products.empty()) w.block.grid.deferred.finish(reinterpret_cast<uintptr_t>(&mine));  // nothing is left of it
   mine.fenced = false;
   return Outcome::next;

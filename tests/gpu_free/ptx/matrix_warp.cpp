@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "matrix.h"
+#include "races.h"
 
 namespace ptx {
 namespace {
@@ -30,8 +31,9 @@ Outcome ldmatrix(Warp &w, const Instruction &in, Lanes lanes) {
     Rows rows;
     for (int r = 0; r < 8; ++r) {
       const int lane = m * 8 + r;  // the lane that names this row's address
-      std::memcpy(rows[static_cast<size_t>(r)].data(), w.block.shared_at(w, in, lane, w.address(in.operands[1], lane), 16, 16),
-                  16);
+      const unsigned char *from = w.block.shared_at(w, in, lane, w.address(in.operands[1], lane), 16, 16);
+      if (w.block.races) w.block.races->access(w, in, lane, from, 16, Races::reads);
+      std::memcpy(rows[static_cast<size_t>(r)].data(), from, 16);
     }
     for (size_t lane = 0; lane < 32; ++lane) {
       const size_t major = lane / 4, minor = lane % 4 * 2;
@@ -65,7 +67,9 @@ Outcome stmatrix(Warp &w, const Instruction &in, Lanes lanes) {
     for (int r = 0; r < 8; ++r) {
       const int lane = m * 8 + r;
       unsigned char *to = w.block.shared_at(w, in, lane, w.address(in.operands[0], lane), 16, 16);
-      std::memcpy(to, rows[static_cast<size_t>(r)].data(), 16);
+      const auto &row = rows[static_cast<size_t>(r)];
+      if (w.block.races) w.block.races->access(w, in, lane, to, 16, Races::writes, Races::weak, row.data());
+      std::memcpy(to, row.data(), 16);
       w.block.shared.unfenced[static_cast<size_t>(to - w.block.shared.bytes.data()) / 16] = 1;
     }
   }

@@ -1,6 +1,7 @@
 // mbarrier.*: phases of arrivals and transactions. Rules are those of the PTX manual, "mbarrier"; what it calls undefined
 // is an Error.
 #include "async.h"
+#include "races.h"
 
 namespace ptx {
 namespace {
@@ -14,6 +15,11 @@ void store(Warp &w, size_t offset, const Barrier &b) {
   std::memcpy(w.block.shared.bytes.data() + offset, &word, 8);
 }
 
+// An access of the barrier itself: to race with its initialisation, or with what is stored over it.
+void touch(Warp &w, const Instruction &in, int lane, size_t offset, Races::Kind kind, Races::Order order) {
+  if (w.block.races) w.block.races->access(w, in, lane, w.block.shared.bytes.data() + offset, 8, kind, order);
+}
+
 // After a change: the phase ends when nothing is pending.
 void settle(Warp &w, const Instruction &in, int lane, size_t offset, Barrier &b) {
   if (b.transactions > most || b.transactions < -most) w.fail(in, lane, "an mbarrier's tx-count is out of range");
@@ -21,6 +27,7 @@ void settle(Warp &w, const Instruction &in, int lane, size_t offset, Barrier &b)
     ++b.phase;
     b.pending = b.expected;
     b.observed = false;
+    if (w.block.races) w.block.races->phase(offset, b.phase);
   }
   store(w, offset, b);
 }
@@ -40,6 +47,8 @@ Outcome init(Warp &w, const Instruction &in, Lanes lanes) {
     b.expected = b.pending = static_cast<uint32_t>(count);
     if (!async_state(w.block).barriers.emplace(offset, b).second)
       w.fail(in, lane, "there is an mbarrier already that was not invalidated");
+    touch(w, in, lane, offset, Races::writes, Races::weak);
+    if (w.block.races) w.block.races->init(offset);
     store(w, offset, b);
   });
   return Outcome::next;
@@ -49,6 +58,7 @@ Outcome invalidate(Warp &w, const Instruction &in, Lanes lanes) {
   for_lanes(lanes, [&](int lane) {
     const size_t offset = offset_of(w, in, lane, in.operands[0]);
     barrier_at(w, in, lane, offset);
+    touch(w, in, lane, offset, Races::writes, Races::weak);
     async_state(w.block).barriers.erase(offset);
   });
   return Outcome::next;
@@ -58,6 +68,7 @@ Outcome transactions(Warp &w, const Instruction &in, Lanes lanes) {
   for_lanes(lanes, [&](int lane) {
     const size_t offset = offset_of(w, in, lane, in.operands[0]);
     const int64_t bytes = static_cast<uint32_t>(w.get(in.operands[1], lane));
+    touch(w, in, lane, offset, Races::updates, Races::strong);
     if (in.detail[completes]) {
       complete_transactions(w, in, lane, offset, bytes);
     } else {
@@ -85,6 +96,8 @@ Outcome arrive_instruction(Warp &w, const Instruction &in, Lanes lanes) {
       if (count > b.expected) w.fail(in, lane, "more arrivals are dropped than the mbarrier expects");
       b.expected -= count;
     }
+    touch(w, in, lane, offset, Races::updates, Races::strong);
+    if (w.block.races && !has(in, "relaxed")) w.block.races->arrive(w, lane, offset);
     const uint64_t phase = b.phase;
     arrive(w, in, lane, offset, count);
     if (in.detail[completes] == -1 && b.phase != phase) w.fail(in, lane, "arrive.noComplete completes the phase");
@@ -94,7 +107,9 @@ Outcome arrive_instruction(Warp &w, const Instruction &in, Lanes lanes) {
 
 // The predicate of a wait: is the phase complete?
 bool complete(Warp &w, const Instruction &in, int lane) {
-  Barrier &b = barrier_at(w, in, lane, offset_of(w, in, lane, in.operands[1]));
+  const size_t offset = offset_of(w, in, lane, in.operands[1]);
+  Barrier &b = barrier_at(w, in, lane, offset);
+  touch(w, in, lane, offset, Races::reads, Races::strong);
   const uint64_t given = w.get(in.operands[2], lane);
   if (in.detail[expects]) {  // .parity
     if (given > 1) w.fail(in, lane, "the parity of a phase is 0 or 1, not " + std::to_string(given));
@@ -108,14 +123,29 @@ bool complete(Warp &w, const Instruction &in, int lane) {
   return phase != b.phase;
 }
 
+// For the lanes whose phase is over.
+void see(Warp &w, const Instruction &in, Lanes lanes) {
+  while (lanes && !has(in, "relaxed")) {
+    const size_t offset = offset_of(w, in, __builtin_ctz(lanes), in.operands[1]);
+    Lanes same = 0;
+    for_lanes(lanes, [&](int lane) {
+      if (offset_of(w, in, lane, in.operands[1]) == offset) same |= Lanes{1} << lane;
+    });
+    w.block.races->see_over(w, same, offset);
+    lanes &= ~same;
+  }
+}
+
 // test_wait too: it does not block, but its thread may be slow, so it may as well be asked again when something has moved.
 // Loops around it then end in the grid's deadlock, instead of never.
 Outcome wait(Warp &w, const Instruction &in, Lanes lanes) {
   Grid &grid = w.block.grid;
   bool all = true, first = false;
   bool done[32] = {};
+  Lanes over = 0;
   for_lanes(lanes, [&](int lane) {
     done[lane] = complete(w, in, lane);
+    if (done[lane]) over |= Lanes{1} << lane;
     all &= done[lane];
     first |= !w.ticket[lane];
     w.ticket[lane] = 1;
@@ -123,6 +153,7 @@ Outcome wait(Warp &w, const Instruction &in, Lanes lanes) {
   // It may give up early, and does so sometimes: who does not ask again is found out.
   const bool hasty = first && grid.deferred.random && next_random(grid.random) % 8 == 0;
   if (!all && !hasty && !grid.impatient) return Outcome::wait;
+  if (w.block.races) see(w, in, over);
   for_lanes(lanes, [&](int lane) {
     w.ticket[lane] = 0;
     w.set(in.operands[0], lane, done[lane]);

@@ -36,7 +36,7 @@ T combine(T old, T b, T c) {
   if constexpr (op == add && !std::is_integral_v<T>) return sum(old, b);
 }
 
-// detail: [0] Space, [1] whether there is a destination.
+// detail: [0] Space, [1] whether there is a destination, [2] of Races::Order.
 template <Operation op, class T>
 Outcome atomic(Warp &w, const Instruction &i, Lanes lanes) {
   const auto space = static_cast<Space>(i.detail[0]);
@@ -50,6 +50,7 @@ Outcome atomic(Warp &w, const Instruction &i, Lanes lanes) {
   each(lanes, [&](int lane) {
     const uint64_t address = addresses[lane];
     unsigned char *p = located(w, i, lane, space, address, sizeof(T), true);
+    if (w.block.races) w.block.races->access(w, i, lane, p, sizeof(T), Races::updates, i.detail[2]);
     T old;
     std::memcpy(&old, p, sizeof(T));
     T result;
@@ -113,7 +114,8 @@ Execute for_operation(int which, Type t, std::integer_sequence<int, op...>) {
 
 Decoded decode_atomic(Instruction &i, const std::string &op, Words &words) {
   if (op != "atom" && op != "red") return {};
-  words.ignore({"relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys", "noftz"});
+  i.detail[2] = take_order(words) | Races::strong;
+  words.ignore({"noftz"});
   const bool policy = words.take("L2::cache_hint");
   const Space space = take_space(words);
   i.detail[0] = static_cast<int>(space);

@@ -2,6 +2,7 @@
 //
 // Barriers count warps, each as 32 threads, when all threads of it that have not exited have arrived. A thread that waits
 // has a ticket: 1, and from the completion of its barrier on 2 + the result of the reduction.
+#include "races.h"
 #include "scalar.h"
 
 namespace ptx {
@@ -87,12 +88,14 @@ bool complete(const Form &form, const Block &block, const Barrier &barrier) {
   return threads == barrier.expected;
 }
 
-void release(Kind kind, Block &block, Barrier &barrier) {
+void release(Kind kind, Block &block, Barrier &barrier, uint32_t id) {
   const uint32_t result = kind == popc ? barrier.yes : kind == all_of ? barrier.no == 0 : kind == any_of ? barrier.yes != 0 : 0;
   for (size_t k = 0; k < block.warps.size(); k++) {
     for (Lanes rest = barrier.waiting[k]; rest; rest &= rest - 1) block.warps[k]->ticket[__builtin_ctz(rest)] = 2 + result;
+    if (block.races) block.races->go_on(*block.warps[k], barrier.waiting[k], id);
   }
   barrier = Barrier();
+  if (block.races) block.races->done(id);
 }
 
 Outcome execute(Warp &w, const Instruction &i, Lanes lanes) {
@@ -104,6 +107,13 @@ Outcome execute(Warp &w, const Instruction &i, Lanes lanes) {
   // Aligned: the warp comes as one. Whoever is missing will be led here, or never comes and the block hangs.
   if (i.detail[1] && fresh && fresh != w.live) return Outcome::wait;
   each(fresh, [&](int lane) { come(form, w, barriers[form.barrier(lane)], lane); });
+  for (Lanes rest = w.block.races ? fresh : 0; rest;) {
+    const uint32_t id = form.barrier(__builtin_ctz(rest));
+    Lanes same = 0;
+    each(rest, [&](int lane) { same |= Lanes{form.barrier(lane) == id} << lane; });
+    w.block.races->come(w, same, id);
+    rest &= ~same;
+  }
   Lanes done = form.kind == arrive ? lanes : 0;
   uint32_t looked = 0;
   for (Lanes rest = lanes; rest; rest &= rest - 1) {
@@ -112,7 +122,7 @@ Outcome execute(Warp &w, const Instruction &i, Lanes lanes) {
     const uint32_t id = form.barrier(lane);
     if (looked >> id & 1) continue;
     looked |= 1u << id;
-    if (complete(form, w.block, barriers[id])) release(form.kind, w.block, barriers[id]);
+    if (complete(form, w.block, barriers[id])) release(form.kind, w.block, barriers[id], id);
   }
   if (form.kind == arrive) return Outcome::next;
   each(lanes, [&](int lane) {

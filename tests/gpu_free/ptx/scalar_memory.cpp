@@ -59,6 +59,18 @@ unsigned char *checked(Warp &w, const Instruction &i, int lane, Space space, uin
   return reinterpret_cast<unsigned char *>(address);
 }
 
+// Values are those of the strongest order, whatever it says: threads here see memory as one.
+int take_order(Words &words) {
+  words.ignore({"weak", "cta", "cluster", "gpu", "sys"});
+  switch (words.one_of({"volatile", "relaxed", "mmio", "acquire", "release", "acq_rel"})) {
+    case -1: return Races::weak;
+    case 3: return Races::strong | Races::acquires;
+    case 4: return Races::strong | Races::releases;
+    case 5: return Races::strong | Races::acquires | Races::releases;
+    default: return Races::strong;
+  }
+}
+
 Space take_space(Words &words) {
   switch (words.one_of(
       {"global", "const", "param", "param::entry", "param::func", "local", "shared", "shared::cta", "shared::cluster"})) {
@@ -77,9 +89,10 @@ Space take_space(Words &words) {
 
 namespace {
 
-// detail of ld and st: [0] Space, [1] elements, [2] whether elements are signed.
+// detail of ld and st: [0] Space, [1] elements, [2] whether elements are signed, [3] of Races::Order.
 template <class T>
 Outcome load(Warp &w, const Instruction &i, Lanes lanes) {
+  Races *const races = w.block.races.get();
   const auto space = static_cast<Space>(i.detail[0]);
   const auto count = static_cast<size_t>(i.detail[1]);
   const bool extend = i.detail[2] != 0;
@@ -90,6 +103,7 @@ Outcome load(Warp &w, const Instruction &i, Lanes lanes) {
   const Addresses addresses(w, from);
   each(lanes, [&](int lane) {
     const unsigned char *p = located(w, i, lane, space, addresses[lane], sizeof(T) * count, false);
+    if (races) races->access(w, i, lane, p, sizeof(T) * count, Races::reads, i.detail[3]);
     for (size_t k = 0; k < count; k++) {
       T value;
       std::memcpy(&value, p + k * sizeof(T), sizeof(T));
@@ -100,6 +114,7 @@ Outcome load(Warp &w, const Instruction &i, Lanes lanes) {
 }
 template <class T>
 Outcome store(Warp &w, const Instruction &i, Lanes lanes) {
+  Races *const races = w.block.races.get();
   const auto space = static_cast<Space>(i.detail[0]);
   const auto count = static_cast<size_t>(i.detail[1]);
   const Operand &to = i.operands[0], &from = i.operands[1];
@@ -110,17 +125,17 @@ Outcome store(Warp &w, const Instruction &i, Lanes lanes) {
   const Addresses addresses(w, to);
   each(lanes, [&](int lane) {
     unsigned char *p = located(w, i, lane, space, addresses[lane], sizeof(T) * count, true);
-    for (size_t k = 0; k < count; k++) {
-      const T value = static_cast<T>(registers[k][lane]);
-      std::memcpy(p + k * sizeof(T), &value, sizeof(T));
-    }
+    T given[8];
+    for (size_t k = 0; k < count; k++) given[k] = static_cast<T>(registers[k][lane]);
+    if (races) races->access(w, i, lane, p, sizeof(T) * count, Races::writes, i.detail[3], given);
+    std::memcpy(p, given, count * sizeof(T));
   });
   return Outcome::next;
 }
 
 Decoded decode_access(Instruction &i, bool loads, Words &words) {
-  // Threads here see memory as one: every access is as strong as the strongest.
-  words.ignore({"weak", "volatile", "relaxed", "acquire", "release", "mmio", "cta", "cluster", "gpu", "sys", "nc", "unified"});
+  i.detail[3] = take_order(words);
+  words.ignore({"nc", "unified"});
   words.ignore({"ca", "cg", "cs", "lu", "cv", "wb", "wt"});
   const bool policy = words.take("L2::cache_hint");
   words.ignore_prefix("L1::");
@@ -182,6 +197,11 @@ Outcome isspacep(Warp &w, const Instruction &i, Lanes lanes) {
 
 Outcome nothing(Warp &, const Instruction &, Lanes) { return Outcome::next; }
 
+Outcome fence(Warp &w, const Instruction &, Lanes lanes) {
+  if (w.block.races) w.block.races->fence(w, lanes);
+  return Outcome::next;
+}
+
 Outcome zero(Warp &w, const Instruction &i, Lanes lanes) {
   each(lanes, [&](int lane) { w.set(i.operands[0], lane, 0); });
   return Outcome::next;
@@ -216,7 +236,7 @@ Decoded decode_memory(Instruction &i, const std::string &op, Words &words) {
   // Threads see memory as one. Fences of the asynchronous proxy and of mbarriers have words that are not among these.
   if (op == "fence" || op == "membar") {
     words.ignore({"sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"});
-    return {nothing, 0};
+    return {fence, 0};
   }
   return {};
 }

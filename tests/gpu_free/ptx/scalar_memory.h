@@ -2,12 +2,15 @@
 #ifndef PTX_SCALAR_MEMORY_H
 #define PTX_SCALAR_MEMORY_H
 
+#include "races.h"
 #include "scalar.h"
 
 namespace ptx {
 
 enum class Space : int { generic, global, constant, parameter, local, shared };
 
+// Takes what an access says of its order, and what it does not: of Races::Order.
+int take_order(Words &);
 // Takes the word of a state space; generic if there is none.
 Space take_space(Words &);
 

@@ -1,4 +1,5 @@
 // What the lanes of a warp do together: .sync instructions with a mask of members.
+#include "races.h"
 #include "scalar_number.h"
 
 namespace ptx {
@@ -38,7 +39,9 @@ Outcome together(Warp &w, const Instruction &i, Lanes lanes, const Operand &mask
 }
 
 Outcome meet(Warp &w, const Instruction &i, Lanes lanes) {
-  return together(w, i, lanes, i.operands[0], [](Lanes) {});
+  return together(w, i, lanes, i.operands[0], [&](Lanes members) {
+    if (w.block.races) w.block.races->meet(w, members);
+  });
 }
 
 // detail[0] of shfl: up, down, bfly, idx. d|p, a, b, c, mask.

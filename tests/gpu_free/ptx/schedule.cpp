@@ -2,7 +2,7 @@
 #include <climits>
 #include <numeric>
 
-#include "machine.h"
+#include "races.h"
 
 namespace ptx {
 namespace {
@@ -102,6 +102,7 @@ class Scheduler {
       }
       warp.registers.assign(static_cast<size_t>(function.slots) * 32, 0);
     }
+    if (grid_.races) block.races = std::make_shared<Races>(block);
   }
 
   void retire(Block &block) {

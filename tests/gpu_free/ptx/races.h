@@ -1,0 +1,115 @@
+// Races for a block's shared memory: two accesses, one of them a write, and nothing that orders them. Found whichever comes
+// first.
+//
+// Threads are ordered by what the PTX manual says orders memory: bar.sync and its like, bar.warp.sync among the lanes it names
+// (no shuffle or vote, and not that lanes happened to run together), an arrival at an mbarrier and a wait that saw its phase
+// over, release and acquire or fences around strong accesses. Asynchronous work is an agent of its own: it begins after its
+// issue and is over for the thread that waited for its group, or for who saw the phase of the mbarrier that it completes on.
+// Two strong accesses (atomic, volatile, relaxed, ...) are no race, nor are two writes of the same value.
+#ifndef PTX_RACES_H
+#define PTX_RACES_H
+
+#include <unordered_map>
+
+#include "clocks.h"
+
+namespace ptx {
+
+class Races {
+ public:
+  explicit Races(Block &);
+
+  // ---- accesses; `offset` and `bytes` are of shared memory ----
+
+  enum Order : int { weak = 0, strong = 1, acquires = 2, releases = 4 };
+  enum Kind : int { reads = 1, writes = 2, updates = 3 };
+  // By a lane, of any memory: `value` is what it is about to store.
+  void access(const Warp &, const Instruction &, int lane, const void *place, size_t bytes, Kind, int order = weak,
+              const void *value = nullptr);
+  // cp.async; the reads of a bulk copy to global memory; wgmma's of a warp.
+  void copy(const Warp &, const Instruction &, int lane, size_t offset, size_t bytes);
+  void bulk_store(const Warp &, const Instruction &, int lane, size_t offset, size_t bytes);
+  void product(const Warp &, const Instruction &, size_t offset, size_t bytes);
+  // A bulk copy that completes on an mbarrier, in the phase after `phase` that are over.
+  void bulk_copy(const Warp &, const Instruction &, int lane, size_t offset, size_t bytes, Kind, size_t barrier, uint64_t phase);
+
+  // ---- order ----
+
+  void meet(const Warp &, Lanes members);  // bar.warp.sync
+  void fence(const Warp &, Lanes);
+  // Lanes come to a barrier of the block (16: the cluster's); the others of its threads go on after it.
+  static constexpr size_t cluster = 16;
+  void come(const Warp &, Lanes, size_t barrier);
+  void go_on(const Warp &, Lanes, size_t barrier);
+  void done(size_t barrier);  // all have gone on
+  // mbarriers: arrivals, among them those that come when a lane's copies so far are over, the end of a phase, waits that saw one.
+  void init(size_t barrier);
+  void arrive(const Warp &, int lane, size_t barrier);
+  Known arrival_of_copies(const Warp &, int lane);
+  void arrive(const Known &, size_t barrier);
+  void phase(size_t barrier, uint64_t over);
+  void see_over(const Warp &, Lanes, size_t barrier);
+  // Groups of asynchronous work. `but`: the latest groups that are not waited for; -1: everything is.
+  enum Work : int { copies, stores, products };
+  void commit(const Warp &, Lanes, Work);
+  void wait(const Warp &, Lanes, Work, int64_t but);
+
+ private:
+  struct Lane {
+    Known known, pending, fenced;  // what it knows; will by the next fence; did at the last
+    Groups work[2];                // copies, stores
+  };
+  struct OfWarp {
+    uint32_t epoch = 1;  // of its lanes: one more after each release
+    Lane lanes[32];
+    Groups products;
+  };
+  struct Mbarrier {
+    int agent = -1;
+    Known current, over;
+  };
+  struct Agent {
+    Work work;
+    bool bulk;  // on an mbarrier
+    size_t of;  // thread, warp, offset of the mbarrier
+  };
+  // One or more accesses of the same kind to a word: by lanes of a warp (`who` is its lane 0), or by an agent.
+  struct Seen {
+    uint32_t epoch, who;
+    Lanes lanes;
+    int instruction;
+    uint8_t bytes;  // which of the word's four
+    bool write, strong;
+  };
+  struct Actor {
+    const Warp &warp;
+    const Instruction &instruction;
+    int lane;  // -1: all of the warp's
+  };
+
+  OfWarp &of(const Warp &warp) { return warps_[static_cast<size_t>(warp.index)]; }
+  Lane &lane_of(const Warp &warp, int lane) { return of(warp).lanes[lane]; }
+  uint32_t new_agent(const Agent &);
+  uint32_t agent_of(Groups &, const Agent &);
+  bool after(const OfWarp &, size_t warp, int lane, size_t number, uint32_t epoch) const;
+  bool ordered(const Actor &, const Seen &before) const;
+  void see(const Actor &, Seen now, size_t offset, size_t bytes, const void *value);
+  void see_word(const Actor &, const Seen &now, size_t word, const void *value);
+  [[noreturn]] void fail(const Actor &, const Seen &now, const Seen &before, size_t word) const;
+  // What lanes know and do by now, into a clock; then a new epoch begins.
+  void publish(Clock &, const Warp &, Lanes);
+  template <class F>
+  void for_known(const Warp &, Lanes, F);
+
+  Block &block_;
+  std::vector<OfWarp> warps_;
+  std::vector<Agent> agents_;  // their numbers follow those of the lanes of all warps
+  std::vector<std::vector<Seen>> words_;
+  Known barriers_[17];
+  std::unordered_map<size_t, Mbarrier> mbarriers_;
+  std::unordered_map<const void *, Known> places_;  // of strong accesses: what those who wrote there had released
+};
+
+}  // namespace ptx
+
+#endif
