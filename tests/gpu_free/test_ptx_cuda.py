@@ -19,8 +19,8 @@ from vqkernels import _cuda, _native
 from vqkernels._cuda_nearest import SM80, SM90
 
 ROUNDS = int(os.environ.get("VQKERNELS_EMULATE", "0"))
-# An access outside of the tensors that a call was given is an error.
-PLUGIN = ("-p", "memory_on_ptx")
+# Races, and accesses outside of the tensors that a call was given, are errors.
+PLUGIN = ("-p", "cuda_on_ptx")
 # Kernels that are a trap but for sm_90a.
 HOPPER = ("screen90", "products90")
 # For pytest's -k, all that can run. A descriptor without meaning gives wrong sums in C++ and on a GPU, an error here.

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from ptx_machine import Module, PtxError, set_seed
+from ptx_machine import Module, PtxError, set_races, set_seed
 from ptx_text import DTYPES
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -32,6 +32,7 @@ SUMS = {"fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64, "i32": tl.in
 def in_turns() -> Iterator[None]:
     yield
     set_seed(0)
+    set_races(False)
 
 
 @triton.jit
@@ -235,3 +236,19 @@ def test_other_descriptors_are_wrong(which: int) -> None:
     # In the second row of the swizzle's pattern.
     assert all("is the first" in found for found in with_descriptors(lambda bits: bits + 8, which))
     assert all("beyond the block's" in found for found in with_descriptors(lambda bits: bits + 0x3000, which))
+
+
+@pytest.mark.parametrize("product", [product for _, product in PRODUCTS], ids=[pattern for pattern, _ in PRODUCTS])
+def test_a_missing_barrier_is_an_error_in_every_order(product: Callable[[], Product]) -> None:
+    """Or in none, where the compiler was more careful than it had to be."""
+    made = product()
+    set_races(True)
+    assert set(outcomes(made.text, made)) == {"right"}
+    barriers = list(re.finditer(r"bar\.sync\s+0;", made.text))
+    needed = 0
+    for barrier in barriers:
+        found = outcomes(made.text[: barrier.start()] + made.text[barrier.end() :], made)
+        complaints = [outcome not in ("right", "wrong") for outcome in found]
+        assert all(complaints) or set(found) == {"right"}
+        needed += all(complaints)
+    assert needed >= len(barriers) - 2 > 0

@@ -108,7 +108,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Answers stay right where the tensor cores are wrong: then every row is compared in float64.
     config.addinivalue_line("filterwarnings", "error:vqkernels. the tensor cores of:RuntimeWarning")
     assert not _triton.interpreted()
-    ptx_machine.set_races("VQKERNELS_TEST_RACES" in os.environ)
+    ptx_machine.set_races(True)
     # What Triton keeps here has no cubin in it: it must not meet what it keeps elsewhere.
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton_on_ptx")
     triton.runtime.driver.set_active(Driver(os.environ["VQKERNELS_TEST_PTX"]))

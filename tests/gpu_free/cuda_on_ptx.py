@@ -1,13 +1,13 @@
-"""Tells the PTX machine what the CUDA library may access: a pytest plugin, loaded by test_ptx_cuda.py.
+"""What the PTX machine checks while the CUDA library runs on it: a pytest plugin, loaded by test_ptx_cuda.py.
 
-The library gets addresses, some of them inside structures. Whoever hands one over has asked the tensor for it: from
-then on, and for as long as it lives, its storage may be accessed by kernels, and nothing else.
+Races for shared memory, and accesses of global memory. The library gets addresses, some of them inside structures.
+Whoever hands one over has asked the tensor for it: from then on, and for as long as it lives, its storage may be
+accessed by kernels, and nothing else.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 
 import pytest
 import torch
@@ -22,9 +22,9 @@ handed: dict[int, tuple[StorageWeakRef, int]] = {}
 
 def pytest_configure(config: pytest.Config) -> None:
     """From here on a tensor that is asked for its address is accessible."""
+    _cuda.lib().vqk_cuda_ptx_races(1)
     tell = _cuda.lib().vqk_cuda_ptx_global
     tell.restype, tell.argtypes = None, [ctypes.POINTER(ctypes.c_uint64), ctypes.c_uint64]
-    _cuda.lib().vqk_cuda_ptx_races("VQKERNELS_TEST_RACES" in os.environ)
     data_ptr = torch.Tensor.data_ptr
 
     def recorded(tensor: torch.Tensor) -> int:
