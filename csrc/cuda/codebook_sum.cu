@@ -15,6 +15,7 @@ constexpr int chunk_rows = 256;  // CHUNK in ops/codebook_sum
 // Head and code as one number; `nowhere`, the largest, for rows without a code.
 __global__ void __launch_bounds__(256)
     make_keys(const int64_t *indices, int64_t all_rows, uint32_t rows, int64_t num_codes, uint32_t nowhere, uint32_t *keys) {
+  start_kernel();
   const int64_t n = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (n >= all_rows) return;
   const int64_t index = indices[n];
@@ -26,6 +27,7 @@ __global__ void __launch_bounds__(256)
 // edges[g]: the first place in sorted keys that does not lie below g.
 __global__ void __launch_bounds__(256)
     find_edges(const uint32_t *keys, int64_t n, int64_t groups, int32_t *edges, float *counts) {
+  start_kernel();
   const int64_t g = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (g > groups) return;
   const auto lower_bound = [&](int64_t key) {
@@ -52,6 +54,7 @@ struct Groups {
 // Work item: below `groups` the first chunk of that group; beyond it, the later chunk that starts in 256 sorted rows.
 template <class V>
 __global__ void __launch_bounds__(256) sum_chunks(vqk_rows x, Groups of, int64_t items, V *sums, V *partial) {
+  start_kernel();
   const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (item >= items) return;
   const int64_t D = x.size[3];
@@ -83,6 +86,7 @@ __global__ void __launch_bounds__(256) sum_chunks(vqk_rows x, Groups of, int64_t
 // The later chunks of a group, in order, onto the first one.
 template <class V>
 __global__ void __launch_bounds__(256) add_chunks(Groups of, int64_t D, V *sums, const V *partial) {
+  start_kernel();
   const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (group >= of.groups) return;
   const int64_t begin = of.edges[group], end = of.edges[group + 1];

@@ -16,6 +16,7 @@ struct TotalsShared {
 
 __global__ void __launch_bounds__(256) update_sizes(float *cluster_size, const float *counts, int64_t num_codes, int64_t parts,
                                                     float keep, float take, double *totals) {
+  start_kernel();
   TotalsShared &shared = shared_memory<TotalsShared>();
   const int64_t head = blockIdx.x / static_cast<uint32_t>(parts);
   const int64_t first = (blockIdx.x - head * parts) * part_codes;
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(256)
     update_codes(const float *cluster_size, float *embed_avg, float *codebook, const float *sums, int64_t all_codes,
                  int64_t num_codes, int64_t dim, int64_t parts, float keep, float take, double eps, int32_t normalize,
                  const double *totals) {
+  start_kernel();
   const int64_t code = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) / lanes;
   const int64_t i = min(code, all_codes - 1);  // surplus threads go along, for the shuffles, and write nothing
   const bool own = code < all_codes;

@@ -75,6 +75,8 @@ void grid_barrier() {
   for (auto &block : together->blocks) block->wake(together);
 }
 
+void start_kernel() { running->fibre().started = true; }
+
 namespace {
 
 // All blocks in turns: each as far as it goes, anyone at any time, or some of them starve.

@@ -98,6 +98,9 @@ void wake(const void *key);
 // Waits for all threads of a cooperative launch.
 void grid_barrier();
 
+// A thread that ends without it is an error.
+void start_kernel();
+
 int32_t run(const char *what, dim3 grid, dim3 block, size_t shared, bool cooperative, const std::function<void()> &body);
 
 }  // namespace host
@@ -133,6 +136,7 @@ inline int warp() { return static_cast<int>(host::ids.thread.x >> 5); }
 
 inline void barrier_sync(int id, int threads) { host::barrier(id, threads, true, "barrier_sync"); }
 inline void grid_barrier() { host::grid_barrier(); }
+inline void start_kernel() { host::start_kernel(); }
 inline void barrier_arrive(int id, int threads) { host::barrier(id, threads, false, "barrier_arrive"); }
 
 inline void check_aligned(const void *pointer, size_t bytes, const char *what) {

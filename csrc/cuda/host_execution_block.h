@@ -68,7 +68,7 @@ struct Fibre {
 #endif
   void *fake_stack = nullptr;
   uint3 thread{};
-  bool done = false;
+  bool started = false, done = false;
   const void *key = nullptr;  // what it waits for, and as whom
   const char *what = nullptr;
   std::vector<std::vector<std::function<void()>>> groups[queues];  // the last one is open
@@ -264,6 +264,7 @@ class Block {
     Block *block = running;
     block->arrived_on(nullptr);
     block->body_();
+    if (!block->fibre().started) error("no start_kernel()");
     for (int queue = 0; queue < queues; ++queue) {
       if (block->fibre().groups[queue].empty()) continue;
       commit(queue);

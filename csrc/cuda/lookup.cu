@@ -15,6 +15,7 @@ struct LookupShared {
 // 32 rows: codes are read along their dims and written along whatever lies together in `out`.
 template <class V>
 __global__ void __launch_bounds__(tile_threads) lookup(vqk_codes codebook, const int64_t *indices, vqk_rows out) {
+  start_kernel();
   LookupShared<V> &shared = shared_memory<LookupShared<V>>();
   const int64_t rows = out.size[1] * out.size[2];
   int64_t head, first_row;
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(tile_threads) lookup(vqk_codes codebook, const
 __global__ void __launch_bounds__(256)
     copy_codes(const uint4 *codes, const int64_t *indices, uint4 *out, uint32_t all_rows, uint32_t rows, int64_t num_codes,
                int64_t units, int64_t head_step, int64_t code_step) {
+  start_kernel();
   const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= all_rows) return;
   const int64_t index = indices[row];

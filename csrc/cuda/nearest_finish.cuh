@@ -28,6 +28,7 @@ VQK_DEVICE float dot_chunk(const unsigned char *a, const unsigned char *b, float
 // One warp per row: the threshold from all lists, then the codes of the groups that reach it; rows where a group that
 // nobody remembers can reach it go on the list of wide rows. Grid: (8 rows each, heads).
 __global__ void __launch_bounds__(merge_rows * 32, 3) collect(const Search s) {
+  start_kernel();
   const int head = static_cast<int>(blockIdx.y), row = static_cast<int>(blockIdx.x) * merge_rows + warp();
   if (row >= s.rows) return;
   const int64_t base = static_cast<int64_t>(head) * s.rows_padded;
@@ -117,6 +118,7 @@ VQK_DEVICE void store_result(const Search &s, int head, int64_t n, int code, dou
 
 // One thread per row: the best listed code, code 0 where the list is empty. Grid: (128 rows each, heads).
 __global__ void __launch_bounds__(128) decide(const Search s) {
+  start_kernel();
   const int head = static_cast<int>(blockIdx.y), row = static_cast<int>(blockIdx.x * 128 + threadIdx.x);
   if (row >= s.rows) return;
   const int64_t at = static_cast<int64_t>(head) * s.rows_padded + row;
@@ -143,6 +145,7 @@ __global__ void __launch_bounds__(128) decide(const Search s) {
 
 // Before a direct search. One block.
 __global__ void __launch_bounds__(256) clear_tickets(const Search s) {
+  start_kernel();
   for (int64_t i = threadIdx.x; i < s.heads * s.num_rows; i += 256) s.ticket[i] = 0;
 }
 
@@ -154,6 +157,7 @@ struct ScanShared {
 // Every code in float64 for the listed rows (all rows in a direct search); a row's codes may be split into slices, and
 // the block that finishes last takes the best of them. Grid: persistent.
 __global__ void __launch_bounds__(256, 2) scan_rows(const Search s) {
+  start_kernel();
   ScanShared &shared = shared_memory<ScanShared>();
   const int64_t listed = s.direct ? s.heads * s.num_rows : s.counters[s.heads];
   const int slices = listed <= most_sliced ? s.slices : 1, per = (s.num_codes + slices - 1) / slices;

@@ -37,6 +37,7 @@ struct CentreShared {
 };
 // The mean of up to 1024 codes in a fixed order; clears what later kernels count in. Grid: (32 dims each, heads).
 __global__ void __launch_bounds__(256) pack_centre(const Search s) {
+  start_kernel();
   CentreShared &shared = shared_memory<CentreShared>();
   const int head = static_cast<int>(blockIdx.y), column = lane(), d = static_cast<int>(blockIdx.x) * 32 + column;
   const int count = min(s.num_codes, centre_codes);
@@ -61,6 +62,7 @@ struct Nothing {};
 
 // Per code: the largest |e - c| or a mark, "cosine" also |e| in float64 in the contract's order. Grid: (32 codes each, heads).
 __global__ void __launch_bounds__(256) pack_stats(const Search s) {
+  start_kernel();
   const int head = static_cast<int>(blockIdx.y), first = static_cast<int>(blockIdx.x) * 32;
   const float *centre = s.centre + static_cast<int64_t>(head) * s.dim;
   float top = 0;
@@ -114,6 +116,7 @@ struct CodesShared {
 // One tile of codes: operands, biases -|b|^2 / 2 (in the operands or behind them), and the tile's largest (reach, spread,
 // offset). Grid: (tiles, heads).
 __global__ void __launch_bounds__(pack_threads) pack_codes(const Search s) {
+  start_kernel();
   CodesShared &shared = shared_memory<CodesShared>();
   const int head = static_cast<int>(blockIdx.y), tile = static_cast<int>(blockIdx.x);
   const int width = s.layout.width, pitch = 2 * width, dims = width * s.layout.panels;
@@ -228,6 +231,7 @@ VQK_DEVICE void load_rows(const Search &s, RowsShared &shared, int head, int fir
 
 // Rows of a chunk: operands, and per row f, |a|, |a - a^|, an offset, a state. Grid: (32 rows each, heads).
 __global__ void __launch_bounds__(256, 3) pack_rows(const Search s) {
+  start_kernel();
   RowsShared &shared = shared_memory<RowsShared>();
   const int head = static_cast<int>(blockIdx.y), first = static_cast<int>(blockIdx.x) * rows_per_block;
   if (first == 0 && threadIdx.x == 0) {

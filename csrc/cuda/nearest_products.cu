@@ -30,6 +30,7 @@ struct SharedProducts {
 // One warp group and 64 rows per block; the copies, descriptors, products and fragments of screen90, without its ring.
 template <int width, int panels>
 __global__ void __launch_bounds__(128) products90(const Products p) {
+  start_kernel();
 #if defined(__CUDACC__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __trap();  // never launched there
 #else
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(128) products90(const Products p) {
 // The stream of screen80, which takes any number of panels.
 template <int width>
 __global__ void __launch_bounds__(threads80, 1) products80(const Search s, float *sums) {
+  start_kernel();
   stream_tiles<width, 0>(
       s, 0, 0, 1, [&](int r, int panel, int chunk) { return row_chunk(s, 0, r, panel, chunk); },
       [&](int, const float (&found)[2][8][4], const float *) {

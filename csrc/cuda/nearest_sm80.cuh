@@ -101,6 +101,7 @@ VQK_DEVICE int code_of80() { return lane() % 4 * 32 + warp() % 2 * 16; }
 // Grid: (row blocks x splits of the codes, heads).
 template <int width, int resident, int span>
 __global__ void __launch_bounds__(threads80, 1) screen80(const Search s) {
+  start_kernel();
   const int head = static_cast<int>(blockIdx.y), blocks = (s.rows + block_rows80 - 1) / block_rows80;
   const int first = static_cast<int>(blockIdx.x) % blocks * block_rows80, split = static_cast<int>(blockIdx.x) / blocks;
   Best best[2][2];
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(threads80, 1) screen80(const Search s) {
 // Rows of the list of wide ones, against all codes: every code that can win is listed. Grid: (blocks, heads), persistent.
 template <int width>
 __global__ void __launch_bounds__(threads80, 1) collect_wide(const Search s) {
+  start_kernel();
   const int head = static_cast<int>(blockIdx.y), count = s.counters[head];
   if (count == 0) return;
   const int blocks = (count + block_rows80 - 1) / block_rows80;

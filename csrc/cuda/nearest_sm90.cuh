@@ -205,6 +205,7 @@ struct Consumer {
 // Grid: persistent, at most one block per multiprocessor.
 template <int width, int panels, int halves, int span, bool folded>
 __global__ void __launch_bounds__(threads90, 1) screen90(const Search s) {
+  start_kernel();
 #if defined(__CUDACC__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __trap();  // never launched there
 #else

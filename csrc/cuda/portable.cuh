@@ -9,7 +9,8 @@
 //
 //   * Shared memory is ONE struct per kernel, shared_memory<T>(), and the launch passes sizeof(T). It starts as 0xff bytes
 //     (NaN) in every block, ends in a redzone, and its arrays know their bounds.
-//   * Kernels are started by launch(), and threads wait only by calling what is listed here: never by spinning on memory.
+//   * Kernels are started by launch() and begin with start_kernel(), and threads wait only by calling what is listed here: never
+//   by spinning on memory.
 //     Blocks run one after another, so none may wait for another ("the last block does the rest" is fine), but for
 //     grid_barrier() in a cooperative launch, whose blocks run in turns.
 //
@@ -23,6 +24,7 @@
 //   };
 //
 //   __global__ void __launch_bounds__(288) sum_rows(const float *x, int rows, double *out) {   // 8 warps add, 1 warp loads
+//     vqk::start_kernel();
 //     Shared &shared = vqk::shared_memory<Shared>();
 //     if (threadIdx.x == 0)
 //       for (int i = 0; i < 2; ++i) shared.full[i].init(1), shared.empty[i].init(256);
@@ -69,6 +71,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
+
 #define VQK_DEVICE static __device__ __forceinline__
 
 namespace vqk {
@@ -100,6 +105,18 @@ int32_t resident_blocks(const char *what, void (*kernel)(Parameters...), int thr
   return status == cudaSuccess ? int32_t{VQK_OK} : fail(VQK_INTERNAL, "%s: %s", what, cudaGetErrorString(status));
 }
 
+// Whether kernels of the current device may be started before the one in front of them has ended (start_kernel() below). It can
+// be forbidden, to find out whether that is what is wrong.
+inline bool overlaps() {
+  static const bool forbidden = [] {
+    const char *value = std::getenv("VQKERNELS_CUDA_OVERLAP");
+    return value != nullptr && std::strcmp(value, "0") == 0;
+  }();
+  int device = 0, major = 0;
+  return !forbidden && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
 // Starts a kernel on the current device; `what` names it in the error. Never waits.
 template <class... Parameters, class... Arguments>
 int32_t launch(const char *what, void (*kernel)(Parameters...), const Launch &how, Arguments... arguments) {
@@ -111,12 +128,27 @@ int32_t launch(const char *what, void (*kernel)(Parameters...), const Launch &ho
   config.dynamicSmemBytes = how.shared;
   config.stream = static_cast<cudaStream_t>(how.stream);
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  if (how.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   config.attrs = &attribute;
-  config.numAttrs = how.cooperative ? 1 : 0;
+  config.numAttrs = how.cooperative || overlaps() ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return status == cudaSuccess ? int32_t{VQK_OK} : fail(VQK_INTERNAL, "%s: %s", what, cudaGetErrorString(status));
+}
+
+// The first line of every kernel. From sm_90 on, a kernel's blocks may come to a multiprocessor while the one in front on the
+// stream runs its last ones, which hides what a launch takes; here they wait until that one has ended and its writes are
+// visible. It had waited for the one in front of it, so all earlier ones have ended as well.
+VQK_DEVICE void start_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // The block's shared memory, 1024-byte aligned as swizzled tiles want it.

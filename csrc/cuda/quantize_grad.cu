@@ -23,6 +23,7 @@ VQK_DEVICE double root(double x) { return __dsqrt_rn(x); }
 template <class V, int gradient>
 __global__ void __launch_bounds__(tile_threads)
     quantize_grad(vqk_rows grad, vqk_rows z, vqk_codes codebook, const int64_t *indices, const V *commitment, vqk_rows out) {
+  start_kernel();
   GradShared<V> &shared = shared_memory<GradShared<V>>();
   const int64_t rows = z.size[1] * z.size[2], D = z.size[3];
   int64_t head, first_row;

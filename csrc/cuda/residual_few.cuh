@@ -96,6 +96,7 @@ VQK_DEVICE void add_squares(double (&total)[4], const double *code, const double
 // Grid: heads * tiles * group, all resident.
 template <int dims>
 __global__ void __launch_bounds__(few_threads) search_few(const __grid_constant__ Levels levels, const __grid_constant__ Few f) {
+  start_kernel();
   FewShared<dims> &shared = shared_memory<FewShared<dims>>();
   const int tile = static_cast<int>(blockIdx.x) / f.group, rank = static_cast<int>(blockIdx.x) % f.group;
   const int64_t head = tile / f.tiles, first_row = static_cast<int64_t>(tile % f.tiles) * f.tile_rows;

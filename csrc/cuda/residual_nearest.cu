@@ -12,6 +12,7 @@ namespace {
 
 // Codes of many levels as float32, side by side. Grid: (blocks of 256 elements of one level and head, heads, levels).
 __global__ void __launch_bounds__(256) gather_codes(const __grid_constant__ Levels levels, int64_t dim, float *out) {
+  start_kernel();
   const int q = static_cast<int>(blockIdx.z), head = static_cast<int>(blockIdx.y);
   int64_t start = 0;
   for (int i = 0; i < q; ++i) start += levels.level[i].num_codes;
@@ -30,6 +31,7 @@ struct SumShared {
 // along their dims and sums written along whatever lies together in `values`.
 __global__ void __launch_bounds__(tile_threads) sum_codes(const __grid_constant__ Levels levels, const int64_t *indices,
                                                           const __grid_constant__ vqk_rows values, bool first) {
+  start_kernel();
   SumShared &shared = shared_memory<SumShared>();
   const int64_t rows = values.size[1] * values.size[2], all_rows = values.size[0] * rows;
   float *out = static_cast<float *>(values.data);

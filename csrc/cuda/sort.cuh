@@ -23,6 +23,7 @@ struct Shared {
 
 // counts[digit][block]
 static __global__ void __launch_bounds__(threads) count_digits(const uint32_t *keys, int64_t n, int shift, uint32_t *counts) {
+  start_kernel();
   Shared &shared = shared_memory<Shared>();
   shared.scan[threadIdx.x] = 0;
   __syncthreads();
@@ -49,6 +50,7 @@ VQK_DEVICE uint32_t block_scan(Shared &shared, uint32_t value) {
 
 // One block per digit: counts become the number of that digit's keys in earlier blocks; totals[digit] the sum.
 static __global__ void __launch_bounds__(threads) scan_blocks(uint32_t *counts, int64_t blocks, uint32_t *totals) {
+  start_kernel();
   Shared &shared = shared_memory<Shared>();
   uint32_t *row = counts + blockIdx.x * blocks, carry = 0;
   for (int64_t first = 0; first < blocks; first += threads) {
@@ -66,6 +68,7 @@ static __global__ void __launch_bounds__(threads) scan_blocks(uint32_t *counts, 
 static __global__ void __launch_bounds__(threads)
     scatter(const uint32_t *keys_in, const uint32_t *positions_in, int64_t n, int shift, const uint32_t *counts,
             const uint32_t *totals, uint32_t *keys, uint32_t *positions) {
+  start_kernel();
   Shared &shared = shared_memory<Shared>();
   const int warp = vqk::warp(), lane = vqk::lane();
   const uint32_t total = totals[threadIdx.x];

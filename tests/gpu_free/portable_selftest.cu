@@ -25,6 +25,7 @@ struct Reversed {
 // Thread i reads what thread n - 1 - i wrote; without the barrier, what was there before.
 template <bool with_barrier>
 __global__ void reverse(int *out) {
+  vqk::start_kernel();
   Reversed &shared = vqk::shared_memory<Reversed>();
   for (int turn = 0; turn < 3; ++turn) {
     shared.value[threadIdx.x] = static_cast<int>(threadIdx.x) + 1000 * turn;
@@ -41,6 +42,7 @@ bool reversed(const std::vector<int> &out) {
 }
 
 __global__ void shuffles(int *out) {
+  vqk::start_kernel();
   const int lane = vqk::lane(), value = 10 * lane;
   int sum = value;
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
@@ -72,6 +74,7 @@ struct Pipeline {
 // that does not wait for it (`careful` false) overwrites a row that is still being read.
 template <bool careful>
 __global__ void pipeline(const float *x, int rows, float *out) {
+  vqk::start_kernel();
   Pipeline &shared = vqk::shared_memory<Pipeline>();
   if (threadIdx.x == 0)
     for (int i = 0; i < 2; ++i) {
@@ -108,6 +111,7 @@ struct Stages {
 // cp.async in three stages; `wait` 1 is right, 2 reads a copy that may not have happened.
 template <int wait>
 __global__ void stages(const float4 *x, int rows, float *out) {
+  vqk::start_kernel();
   Stages &shared = vqk::shared_memory<Stages>();
   const int i = static_cast<int>(threadIdx.x);
   for (int r = 0; r < 2; ++r) {
@@ -126,10 +130,15 @@ __global__ void stages(const float4 *x, int rows, float *out) {
 }
 
 __global__ void divergent() {
+  vqk::start_kernel();
   if (threadIdx.x < 32) __syncthreads();
 }
 
+// Without start_kernel(): it would not wait for the kernel before it.
+__global__ void hasty() {}
+
 __global__ void arithmetic(const double *x, double *out) {
+  vqk::start_kernel();
   out[0] = __dadd_rn(__dmul_rn(x[0], x[1]), x[2]);
   out[1] = vqk::half_to_float(vqk::float_to_half(1.0f / 3));
 }
@@ -138,6 +147,7 @@ __global__ void arithmetic(const double *x, double *out) {
 // with a thread that leaves (`all` false), nobody can go on.
 template <bool with_barrier, bool all>
 __global__ void pass_on(int *turns, int count) {
+  vqk::start_kernel();
   const int blocks = static_cast<int>(gridDim.x), self = static_cast<int>(blockIdx.x);
   if (!all && self == 1 && threadIdx.x == 3) return;
   for (int turn = 1; turn < count; ++turn) {
@@ -207,6 +217,7 @@ int run(uint64_t seed) {
   expect(fails_with(vqk::launch("divergent", divergent, {2, 64, 0, nullptr}), "nobody can go on: 32 threads wait"), "deadlock");
   expect(fails_with(vqk::launch("reverse", reverse<true>, {1, 257, 8, nullptr}, out.data()), "the launch gave 8 bytes"),
          "too little shared memory");
+  expect(fails_with(vqk::launch("hasty", hasty, {2, 64, 0, nullptr}), "no start_kernel()"), "no wait for the kernel before");
   expect(vqk::launch("shuffles", shuffles, {3, 96, 0, nullptr}, &ok) == VQK_OK && ok == 576, "works after failures");
 
   const double values[] = {1 + 1.0 / (1 << 30), 1 - 1.0 / (1 << 30), -1};
