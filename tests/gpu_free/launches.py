@@ -113,11 +113,31 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
-def resources(binary: Any) -> dict[str, int]:
-    """Registers, bytes of stack and spills of a cubin, as cuobjdump (which ships with Triton) reads them."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _read(binary: Any, tool: str, option: str) -> str:
+    """What a tool that ships with Triton says about a cubin."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        out = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([str(path), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(binary: Any) -> dict[str, int]:
+    """Registers, bytes of stack and spills of a cubin."""
+    out = _read(binary, "cuobjdump", "-res-usage")
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", out)}
+
+
+def machine_loops(binary: Any) -> list[list[str]]:
+    """The machine instructions of every loop, by name, inner loops in the outer ones."""
+    labels: dict[str, int] = {}
+    found, names = [], []
+    for line in _read(binary, "nvdisasm", "-c").splitlines():
+        if match := re.match(r"(\.L_\w+):", line):
+            labels[match[1]] = len(names)
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)(.*)", line):
+            names.append(match[1])
+            target = re.search(r"`\((\.L_\w+)\)", match[2]) if match[1] == "BRA" else None
+            if target and target[1] in labels:  # backwards
+                found.append(names[labels[target[1]] :])
+    return found

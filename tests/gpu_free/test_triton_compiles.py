@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from launches import PACKAGE, Launch, compiled, defined, is_kernel, recorded, resources
+from launches import PACKAGE, Launch, compiled, defined, is_kernel, machine_loops, recorded, resources
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -163,6 +163,30 @@ def test_lanes_of_the_screen_talk_after_the_last_tile_only() -> None:
         assert "shfl.sync.bfly" in ptx
         assert not [body for body in loops(ptx) if "shfl.sync.bfly" in body], launch
         assert any("wgmma" in body for body in loops(ptx)), launch
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "d", "most"),
+    [(65536, 16384, 8, 4.3), (65536, 4096, 32, 4.3), (48000, 1024, 128, 7.4), (65536, 16384, 256, 10.5)],
+    ids=["LlamaGen", "VAR", "EnCodec", "VQGAN"],
+)
+def test_pairs_of_the_screen_cost_what_was_counted(
+    n: int, k: int, d: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # docs/gpu.md: instructions of a thread per pair of row and code on sm_90, of which an SM issues 128 a clock.
+    monkeypatch.setattr(selftest, "holds", lambda *args: True)
+    with recorded() as found:
+        nearest.run(torch.zeros(1, 1, 1, d).expand(1, 1, n, d), torch.zeros(1, 1, d).expand(1, k, d), "l2", "exact")
+    (launch,) = (s for s in found if s.fn.__name__ == "screen")
+    shape, options = dict(launch.constants), dict(launch.options)
+    products = [body for body in machine_loops(compiled(launch, TARGETS["sm_90"][0])) if "HGMMA" in body]
+    tile = max(products, key=len)
+    assert "FMNMX" in tile, "the loop over tiles"
+    panels = 1 if shape["RESIDENT"] else -(-d // shape["BLOCK_D"])
+    assert len(products) == (1 if panels == 1 else 2)
+    instructions = len(tile) + (panels - 1) * len(min(products, key=len))
+    pairs = shape["BLOCK_M"] * shape["BLOCK_N"] / (32 * options["num_warps"])
+    assert instructions / pairs <= most
 
 
 class Operators(TorchDispatchMode):
