@@ -11,7 +11,19 @@ from torch import Tensor
 from vqkernels.ops.nearest import nearest
 from vqkernels.testing import assert_nearest
 
-__all__ = ["KINDS", "LAYOUTS", "Search", "case", "data", "extremes", "laid_out", "planted", "strided"]
+__all__ = [
+    "KINDS",
+    "LAYOUTS",
+    "Search",
+    "case",
+    "data",
+    "every_length",
+    "extremes",
+    "laid_out",
+    "opposite",
+    "planted",
+    "strided",
+]
 
 LAYOUTS = ("rows", "channel_first", "sliced")
 # Values are converted where they are loaded and strides are followed there: one layout each is enough for most dtypes.
@@ -69,6 +81,23 @@ def planted() -> tuple[Tensor, Tensor]:
     codes = torch.randn(60, 12)
     codes[10:50] = codes[5] + torch.randn(40, 12) * 1e-6
     return torch.cat([codes[5:15], torch.randn(6, 12)]), codes
+
+
+def opposite(dim: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Rows near the middle of codes in opposite pairs: which is nearest is a matter of |e|^2 / 2."""
+    half = torch.nn.functional.normalize(torch.randn(70, dim)) * (1 + spread * torch.rand(70, 1))
+    codes = torch.stack([half, -half], 1).flatten(0, 1)
+    return torch.randn(24, dim) * torch.tensor([0.0, 1e-9, 1e-4, spread]).repeat(6)[:, None], codes
+
+
+def every_length(dim: int, outlier: float) -> tuple[Tensor, Tensor]:
+    """Rows of 2^-50 to 2^58 times the length of the codes, of which one is ``outlier`` times as long as the rest.
+
+    The factor of the bias leaves float16 in the middle of them.
+    """
+    x, codes = torch.randn(109, dim), torch.randn(60, dim)
+    codes[7] *= outlier
+    return x * 2.0 ** torch.arange(-50, 59)[:, None], codes
 
 
 class Search:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_host import SEEDS, set_seed, set_shared
-from gpu_data import Search, data, extremes, planted, strided
+from gpu_data import Search, data, every_length, extremes, opposite, planted, strided
 
 from vqkernels import _cuda, _cuda_nearest
 from vqkernels._cuda_nearest import DIRECT, SM80, SM90, Plan
@@ -154,26 +154,19 @@ def test_chunks_of_rows_and_splits_of_codes_change_nothing(
 # With the bias in the operands, and one dim too many for that.
 @pytest.mark.parametrize("dim", [1, 4, 5, 9, 10, 13, 14, 29, 30])
 def test_biases_alone_decide(dim: int, screen: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Rows near the middle of codes in opposite pairs: which is nearest is a matter of |e|^2 / 2.
     force(monkeypatch, screen)
     set_seed(SEEDS[1])
     for spread in (1.0, 1e-3, 1e-5, 1e-7):
-        half = torch.nn.functional.normalize(torch.randn(70, dim)) * (1 + spread * torch.rand(70, 1))
-        codes = torch.stack([half, -half], 1).flatten(0, 1)
-        x = torch.randn(24, dim) * torch.tensor([0.0, 1e-9, 1e-4, spread]).repeat(6)[:, None]
-        check(x, codes)
+        check(*opposite(dim, spread))
 
 
 @pytest.mark.parametrize("screen", [SM80, SM90], ids=NAMES[1:])
 @pytest.mark.parametrize("dim", [3, 8, 20])
 def test_rows_of_every_length_beside_the_codes(dim: int, screen: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Up to where the factor of the bias leaves float16, and beyond: 2^-50 to 2^58 times the codes.
     force(monkeypatch, screen)
     set_seed(SEEDS[1])
-    x, codes = torch.randn(109, dim), torch.randn(60, dim)
-    check(x * 2.0 ** torch.arange(-50, 59)[:, None], codes)
-    codes[7] *= 2.0**20
-    check(x, codes)
+    for outlier in (1.0, 2.0**20):
+        check(*every_length(dim, outlier))
 
 
 @pytest.mark.parametrize("dim", [5, 20, 64, 95, 128, 190, 256, 300])

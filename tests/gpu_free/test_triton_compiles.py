@@ -292,6 +292,7 @@ def test_kernel_is_deterministic_and_does_not_recompile_with_sizes(path: Path, n
         "CAPACITY",
         "CHUNK",
         "DOUBLE",
+        "FOLDED",
         "GRADIENT",
         "HALF",
         "MEASURED",

@@ -4,7 +4,8 @@
 Called by ``ops/nearest/triton.py``. A row is a = 2^p (x - c), a code b = 2^q (e - c) (c: the mean code for "l2", else
 0; "cosine": b = 2^14 e / |e|), p per row and q per head, so that the largest element lies in [2^14, 2^15). The score to
 maximise is t = a.b - f |b|^2 / 2 with f = 2^(p-q) ("l2") or t = a.b. METRIC is 0 for "l2", 1 for "cosine", 2 for "dot".
-docs/gpu.md has the bound.
+FOLDED: the contraction has three dims to spare, which hold the bias, f 2^18 on the row's side and 2^-18 |b|^2 / 2 in
+three float16 on the code's. docs/gpu.md has the bound.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import triton.language as tl
 # Marks of a code that the screen leaves out, in place of its largest element.
 NEVER_WINS = tl.constexpr(-1.0)
 NEEDS_SCAN = tl.constexpr(-2.0)
+# Dims that hold the bias, and the exponent that keeps both sides of its products in float16's range.
+BIAS_DIMS = tl.constexpr(3)
+BIAS_EXPONENT = tl.constexpr(18)
 
 
 @triton.jit
@@ -109,7 +113,8 @@ def code_stats(
 def pack_codes(
     e, e_head, e_code, e_dim, centre, largest, norms, tops, exponent, head_scan, packed, bias, bounds, num_codes,
     blocks, dim, padded_dim, tiles, accumulation, keep,
-    METRIC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    METRIC: tl.constexpr, SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of codes: float16 operands, bias -|b|^2 / 2, and the tile's (reach, spread, offset).
 
@@ -168,7 +173,11 @@ def pack_codes(
             low = rest.to(tl.float16)
             rest = rest - low.to(tl.float32)
             operand = tl.where((part == 2)[None, :], low, high)
-        tl.store(out[:, None] + j[None, :], operand)
+        if FOLDED:  # the bias is stored by other threads of the program: not twice
+            last = 3 * dim if SPLIT else dim
+            tl.store(out[:, None] + j[None, :], operand, mask=((j < last) | (j >= last + BIAS_DIMS))[None, :])
+        else:
+            tl.store(out[:, None] + j[None, :], operand)
         counted = (part == 0)[None, :]
         square += tl.sum(tl.where(counted, value * value, 0.0), 1)
         error += tl.sum(tl.where(counted, rest * rest, 0.0), 1)
@@ -182,8 +191,19 @@ def pack_codes(
     spread = keep * residual + (accumulation + decision) * (reach + residual) * 1.02 + 4.7683716e-07 * reach
     if SPLIT:  # x2.e2 is left out: |x2| <= 2^-11 |x|, |e2| <= 2^-11 |e|, plus float16's subnormal steps
         spread += 4.7683716e-07 * reach + 9.3132257e-10
-    offset = half * (accumulation + sums + 4.7683716e-07 + decision) + 7.8886091e-31
-    tl.store(bias + head * tiles * BLOCK_N + code, tl.where(usable, -half, float("-inf")))
+    if FOLDED:
+        # Products that fold the bias in add up to (1 + 2^-10) of it; 2^-25 of their unit, 2^18, is lost to float16's
+        # subnormal steps. Its 24 bits in three times 11; a code that cannot win is minus infinity.
+        offset = half * (accumulation * 1.002 + sums + 4.7683716e-07 + decision) + 0.0078125
+        last = 3 * dim if SPLIT else dim
+        rest = half * 3.8146973e-06  # 2^-18
+        for k in tl.static_range(BIAS_DIMS):
+            piece = rest.to(tl.float16)
+            rest = rest - piece.to(tl.float32)
+            tl.store(out + last + k, tl.where(usable, -piece, float("-inf") if k == 0 else 0.0))
+    else:
+        offset = half * (accumulation + sums + 4.7683716e-07 + decision) + 7.8886091e-31
+        tl.store(bias + head * tiles * BLOCK_N + code, tl.where(usable, -half, float("-inf")))
     at = bounds + (head * tiles + tile) * 3
     tl.store(at, tl.max(tl.where(usable, reach, 0.0), 0))
     tl.store(at + 1, tl.max(tl.where(usable, spread, 0.0), 0) * 1.000004)
@@ -194,7 +214,7 @@ def pack_codes(
 def pack_rows(
     x, x_head, x_batch, x_row, x_dim, centre, exponent, head_scan, packed, info, first_row, rows, num_rows, inner, dim,
     padded_dim, keep,
-    METRIC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    METRIC: tl.constexpr, SPLIT: tl.constexpr, FOLDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows [first_row, first_row + rows): operands, and f, |a|, |a - a^|, an offset, 1 where no bound holds."""
     head = tl.program_id(1).to(tl.int64)
@@ -219,8 +239,12 @@ def pack_rows(
     # The exponent of the largest code is 14 - q: a row that dwarfs every code has no usable f.
     unsafe = (bad != 0) | ((most > 0) & (order < -100))
     if METRIC == 0:
-        unsafe = unsafe | (order - (14 - q) > 60)
-        p = tl.minimum(p, q + 40)
+        if FOLDED:  # f 2^18 is a float16, 2^-24 to 2^15
+            unsafe = unsafe | (order - (14 - q) > 42)
+            p = tl.minimum(p, q + 15 - BIAS_EXPONENT)
+        else:
+            unsafe = unsafe | (order - (14 - q) > 60)
+            p = tl.minimum(p, q + 40)
     unsafe = unsafe | (tl.load(head_scan + head) != 0)
     p = tl.minimum(tl.maximum(p, -120), 120)
     p = tl.where(unsafe, 0, p)
@@ -252,6 +276,10 @@ def pack_rows(
             low = rest.to(tl.float16)
             rest = rest - low.to(tl.float32)
             operand = tl.where((part == 1)[None, :], low, high)
+        if FOLDED:
+            last = 3 * dim if SPLIT else dim
+            factor = tl.where(unsafe, 1.0, f * 262144.0) if METRIC == 0 else f  # 2^18
+            operand = tl.where(((j >= last) & (j < last + BIAS_DIMS))[None, :], factor.to(tl.float16)[:, None], operand)
         tl.store(out[:, None] + j[None, :], operand, mask=(r < rows)[:, None])
         counted = (part == 0)[None, :]
         square += tl.sum(tl.where(counted, value * value, 0.0), 1)

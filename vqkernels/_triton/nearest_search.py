@@ -14,9 +14,9 @@ import triton.language as tl
 @triton.jit
 def tile_scores(
     a_start, packed, bias, f, tile, code_base, padded_dim, row_ok, resident,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, RESIDENT: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """t (BLOCK_M, BLOCK_N) of one tile of codes; rows start at the pointers ``a_start``."""
+    """t (BLOCK_M, BLOCK_N) of one tile of codes, rows at the pointers ``a_start``. FOLDED: products have the bias."""
     code = code_base + tile * BLOCK_N + tl.arange(0, BLOCK_N)
     b_start = packed + code * padded_dim
     d = tl.arange(0, BLOCK_D)
@@ -29,13 +29,15 @@ def tile_scores(
             a = tl.load(a_start[:, None] + (first + d)[None, :], mask=row_ok[:, None], other=0.0)
             b = tl.load(b_start[None, :] + (first + d)[:, None])
             acc = tl.dot(a, b, acc)
+    if FOLDED:
+        return acc
     return acc + f[:, None] * tl.load(bias + code)[None, :]
 
 
 @triton.jit
 def probe(
     rows_packed, codes_packed, bias, f, scores, padded_dim,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """All scores of one tile of rows and one of codes, for the self-test."""
     r = tl.arange(0, BLOCK_M)
@@ -45,7 +47,7 @@ def probe(
         resident = tl.load(a_start[:, None] + tl.arange(0, BLOCK_D)[None, :])
     t = tile_scores(
         a_start, codes_packed, bias, tl.load(f + r), 0, 0, padded_dim, r < BLOCK_M, resident,
-        BLOCK_N, BLOCK_D, BLOCK_M, RESIDENT,
+        BLOCK_N, BLOCK_D, BLOCK_M, RESIDENT, FOLDED,
     )  # fmt: skip
     tl.store(scores + r[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], t)
 
@@ -61,7 +63,7 @@ def tile_bound(bounds, head, tile, tiles, f, length, residual, offset):
 @triton.jit(do_not_specialize=["rows", "tiles", "tiles_per_split"])
 def screen(
     rows_packed, info, codes_packed, bias, bounds, part, rows, padded_dim, tiles, tiles_per_split,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Per row over one split of the tiles: best lower bound, best two upper bounds by tile, and the best one's tile.
 
@@ -90,7 +92,7 @@ def screen(
     for tile in range(begin, end):
         t = tile_scores(
             a_start, codes_packed, bias, f, tile, head * tiles * BLOCK_N, padded_dim, ok, resident,
-            BLOCK_N, BLOCK_D, BLOCK_M, RESIDENT,
+            BLOCK_N, BLOCK_D, BLOCK_M, RESIDENT, FOLDED,
         )  # fmt: skip
         most = tl.max(tl.max(tl.reshape(t, [BLOCK_M, BLOCK_N // 8, 4, 2]), 3), 1)
         eps = tile_bound(bounds, head, tile, tiles, f, length, residual, offset)[:, None]
@@ -144,7 +146,7 @@ def collect(
     rows_packed, info, codes_packed, bias, bounds, part, threshold, keys, order, listed, count, rows, padded_dim, tiles,
     tiles_per_split, splits,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    FOLDED: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """Candidates of one split of the codes, in ascending order of code, from the tiles alone that can hold any.
 
@@ -184,7 +186,7 @@ def collect(
         if (wide != 0) | (tl.max((key == tile).to(tl.int32), 0) != 0):
             t = tile_scores(
                 a_start, codes_packed, bias, f, tile, head * tiles * BLOCK_N, padded_dim, ok, resident,
-                BLOCK_N, BLOCK_D, BLOCK_M, RESIDENT,
+                BLOCK_N, BLOCK_D, BLOCK_M, RESIDENT, FOLDED,
             )  # fmt: skip
             eps = tile_bound(bounds, head, tile, tiles, f, length, residual, offset)
             hit = live[:, None] & (t + eps[:, None] >= least[:, None]) & (t > float("-inf"))

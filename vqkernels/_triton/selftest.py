@@ -22,6 +22,7 @@ class Probe(NamedTuple):
     block_n: int
     block_d: int
     resident: bool
+    folded: bool
     num_warps: int
     num_stages: int
 
@@ -105,7 +106,7 @@ def _measure(device: torch.device, probe: Probe) -> Verdict:
         nearest_search.probe[(1,)](
             a.to(device), b.to(device), zeros, ones, scores, dim,
             BLOCK_M=probe.block_m, BLOCK_N=probe.block_n, BLOCK_D=probe.block_d, RESIDENT=probe.resident,
-            num_warps=probe.num_warps, num_stages=probe.num_stages,
+            FOLDED=probe.folded, num_warps=probe.num_warps, num_stages=probe.num_stages,
         )  # fmt: skip
     wide = a.double(), b.double()  # sums of 22-bit products within 46 bits: float64 has no rounding here
     error = (scores.cpu().double() - wide[0] @ wide[1].T).abs()

@@ -24,6 +24,9 @@ CAPACITY = 16
 # Up to this many dims, operands are kept in two parts: three times as many fit the 32 dims of the contraction.
 SPLIT_DIMS = 10
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
+# Three dims of the contraction that are free hold the codes' bias, in a range for up to so many in all: one addition
+# per pair less in the screen.
+FOLDED_DIMS = 32
 # Rows per program that lists candidates: no more, or the running positions of a tile spill registers.
 COLLECT_ROWS = 32
 # Rows that one program of the scan looks after: most of them need none.
@@ -68,6 +71,7 @@ def describe(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str:
 class _Plan(NamedTuple):
     config: tuned.Config
     split: bool
+    folded: bool
     padded_dim: int
     block_d: int
     tiles: int
@@ -82,19 +86,21 @@ def _plan(x: Tensor, codebook: Tensor) -> _Plan:
     # Few rows: no more of them in a tile than there are, in the sizes that tensor cores have instructions for.
     config = config.with_rows(16 if b * s <= 16 else 64 if b * s <= 64 else config.block_m)
     block_d = min(config.block_d, wanted)
-    padded_dim = _triton.ceil_div(3 * d if split else d, block_d) * block_d
+    dims = 3 * d if split else d
+    padded_dim = _triton.ceil_div(dims, block_d) * block_d
+    folded = block_d == padded_dim <= FOLDED_DIMS and dims + nearest_pack.BIAS_DIMS.value <= padded_dim
     tiles = _triton.ceil_div(codebook.shape[1], config.block_n)
     fit = min(SCRATCH_ELEMENTS // padded_dim, CHUNK_ROWS) // h
     fit = max(config.block_m, fit // config.block_m * config.block_m)
-    return _Plan(config, split, padded_dim, block_d, tiles, min(fit, b * s))
+    return _Plan(config, split, folded, padded_dim, block_d, tiles, min(fit, b * s))
 
 
 def _probes(plan: _Plan) -> tuple[selftest.Probe, selftest.Probe]:
     """The products of a search: the screen's and the collection's."""
     c, resident = plan.config, plan.block_d == plan.padded_dim
     return (
-        selftest.Probe(c.block_m, c.block_n, plan.block_d, resident, c.num_warps, c.num_stages),
-        selftest.Probe(COLLECT_ROWS, c.block_n, plan.block_d, resident, 8, 2),
+        selftest.Probe(c.block_m, c.block_n, plan.block_d, resident, plan.folded, c.num_warps, c.num_stages),
+        selftest.Probe(COLLECT_ROWS, c.block_n, plan.block_d, resident, plan.folded, 8, 2),
     )
 
 
@@ -143,8 +149,8 @@ def _pack(x: Tensor, codebook: Tensor, metric: int, plan: _Plan, keep: float) ->
     nearest_pack.pack_codes[(plan.tiles, h)](
         codebook, *_triton.strides(codebook), centre, largest, norms, tops, exponent, scan, packed, bias, bounds,
         k, tops.shape[1], d, plan.padded_dim, plan.tiles, 2.0 * selftest.published(plan.padded_dim), keep,
-        METRIC=metric, SPLIT=plan.split, BLOCK_N=n, BLOCK_D=min(32, plan.block_d), BLOCK=1024, num_warps=4,
-        enable_fp_fusion=False,
+        METRIC=metric, SPLIT=plan.split, FOLDED=plan.folded, BLOCK_N=n, BLOCK_D=min(32, plan.block_d), BLOCK=1024,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return _Codes(centre, exponent, scan, norms, packed, bias, bounds)
 
@@ -206,8 +212,8 @@ def _search(
     nearest_pack.pack_rows[(_triton.ceil_div(rows, pack_block), h)](
         x, *_triton.strides(x), codes.centre, codes.exponent, codes.scan, packed, info, first, rows, n, s, d,
         plan.padded_dim, keep,
-        METRIC=metric, SPLIT=plan.split, BLOCK_M=pack_block, BLOCK_D=min(32, plan.block_d), num_warps=4,
-        enable_fp_fusion=False,
+        METRIC=metric, SPLIT=plan.split, FOLDED=plan.folded, BLOCK_M=pack_block, BLOCK_D=min(32, plan.block_d),
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
     blocks = _triton.ceil_div(rows, c.block_m)
@@ -218,7 +224,7 @@ def _search(
     part = torch.empty((h, splits, 4, rows), dtype=torch.float32, device=device)
     shape = {
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_D": plan.block_d,
-        "RESIDENT": plan.block_d == plan.padded_dim,
+        "RESIDENT": plan.block_d == plan.padded_dim, "FOLDED": plan.folded,
     }  # fmt: skip
     nearest_search.screen[(blocks, splits, h)](
         packed, info, codes.packed, codes.bias, codes.bounds, part, rows, plan.padded_dim, plan.tiles, per_split,
