@@ -71,6 +71,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -105,16 +106,22 @@ int32_t resident_blocks(const char *what, void (*kernel)(Parameters...), int thr
   return status == cudaSuccess ? int32_t{VQK_OK} : fail(VQK_INTERNAL, "%s: %s", what, cudaGetErrorString(status));
 }
 
-// Whether kernels of the current device may be started before the one in front of them has ended (start_kernel() below). It can
-// be forbidden, to find out whether that is what is wrong.
-inline bool overlaps() {
+// Whether kernels of the current device may be started before the one in front of them has ended: if what runs there is compiled
+// from PTX for 9.0 or later, for older start_kernel() below cannot wait. It can be forbidden, to rule it out as a cause.
+inline bool overlaps(const void *kernel) {
   static const bool forbidden = [] {
     const char *value = std::getenv("VQKERNELS_CUDA_OVERLAP");
     return value != nullptr && std::strcmp(value, "0") == 0;
   }();
-  int device = 0, major = 0;
-  return !forbidden && cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  static std::atomic<int> ptx_version[64];  // by device; one answer for all kernels, which are compiled alike
+  int device = 0;
+  if (forbidden || cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+  if (ptx_version[device] == 0) {
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
+    ptx_version[device] = attributes.ptxVersion;
+  }
+  return ptx_version[device] >= 90;
 }
 
 // Starts a kernel on the current device; `what` names it in the error. Never waits.
@@ -136,7 +143,7 @@ int32_t launch(const char *what, void (*kernel)(Parameters...), const Launch &ho
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   config.attrs = &attribute;
-  config.numAttrs = how.cooperative || overlaps() ? 1 : 0;
+  config.numAttrs = how.cooperative || overlaps(reinterpret_cast<const void *>(kernel)) ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return status == cudaSuccess ? int32_t{VQK_OK} : fail(VQK_INTERNAL, "%s: %s", what, cudaGetErrorString(status));
 }

@@ -46,15 +46,34 @@ sys.exit(status)
 """
 
 
+def launches(arch: str, selected: str, *files: Path) -> list[tuple[int, int, str]]:
+    """Of every kernel: how often tests launched it, how often of these so that it might overlap, its name."""
+    out = run_hosted(build_ptx(arch), *PLUGIN, *files, "-k", selected, run=("-c", REPORTING))
+    found = re.findall(r"^launched (\d+) (\d+) (\w+)$", out, flags=re.M)
+    return [(int(count), int(overlapping), name) for count, overlapping, name in found]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", CHOSEN)
 def test_every_kernel_runs_as_it_was_compiled(arch: str) -> None:
-    out = run_hosted(build_ptx(arch), *PLUGIN, *FILES, "-k", CHOSEN[arch], run=("-c", REPORTING))
-    launched = {name: int(count) for count, name in re.findall(r"^launched (\d+) (\w+)$", out, flags=re.M)}
+    found = launches(arch, CHOSEN[arch], *FILES)
+    launched = {name: count for count, _, name in found}
     hopper = {name for name in launched if any(part in name for part in HOPPER)}
     assert (len(launched), len(hopper)) >= (50, 10)
     expected = hopper if arch == "90a" else launched.keys() - hopper
     assert not [name for name in expected if launched[name] == 0]
+    # From sm_90 on, kernels may start before the one in front has ended; not those whose blocks wait for each other.
+    overlapping = {name for count, overlapping, name in found if 0 < overlapping == count}
+    together = {name for name in launched if "search_few" in name}
+    assert overlapping == ({name for name in launched if launched[name]} - together if arch == "90a" else set())
+
+
+@pytest.mark.slow
+def test_overlapping_launches_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VQKERNELS_CUDA_OVERLAP", "0")
+    found = launches("90a", "gathers", FILES[0].with_name("hosted_ops.py"))
+    assert any(count for count, _, _ in found)
+    assert not any(overlapping for _, overlapping, _ in found)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ struct Kernel {
   Binary &binary;
   std::string name;
   size_t dynamic_shared = 0;  // granted by cudaFuncSetAttribute
-  uint64_t launches = 0;
+  uint64_t launches = 0, programmatic = 0;
 
   ptx::Module &module() {
     if (!binary.module) binary.module = std::make_unique<ptx::Module>(text_of(binary.fat_binary));
@@ -142,6 +142,7 @@ void launch(Kernel &kernel, dim3 grid, dim3 block, size_t dynamic_shared, void *
   if (attributes.programmatic && kernel.module().capability() < 90)
     refuse(cudaErrorNotSupported, "programmatic launches are for GPUs from sm_90 on");
   ++kernel.launches;
+  kernel.programmatic += attributes.programmatic;
   const uint32_t grid_size[3] = {grid.x, grid.y, grid.z}, block_size[3] = {block.x, block.y, block.z};
   ptx::set_shared_limit(runtime().shared_limit);
   ptx::launch(kernel.module(), kernel.name, grid_size, block_size, dynamic_shared, arguments, attributes);
@@ -204,6 +205,13 @@ cudaError_t cudaFuncSetAttribute(const void *function, cudaFuncAttribute attribu
   });
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *function) {
+  return guarded([&] {
+    *attributes = {};
+    attributes->ptxVersion = attributes->binaryVersion = kernel_at(function).module().capability();
+  });
+}
+
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *function, int threads, size_t shared,
                                                                    unsigned) {
   return guarded([&] { *blocks = blocks_per_multiprocessor(kernel_at(function), static_cast<unsigned>(threads), shared); });
@@ -262,10 +270,11 @@ API void vqk_cuda_ptx_global(const uint64_t *ranges, uint64_t count) {
   ptx::set_global(std::move(all));
 }
 
-// A line for every kernel of the library: how often it was launched, and its name.
+// A line for every kernel of the library: how often it was launched, how often so that it might overlap, and its name.
 API const char *vqk_cuda_ptx_kernels() {
   static std::string lines;
   lines.clear();
-  for (const auto &[function, kernel] : runtime().kernels) lines += std::to_string(kernel.launches) + " " + kernel.name + "\n";
+  for (const auto &[function, kernel] : runtime().kernels)
+    lines += std::to_string(kernel.launches) + " " + std::to_string(kernel.programmatic) + " " + kernel.name + "\n";
   return lines.c_str();
 }
