@@ -21,20 +21,37 @@ if os.environ.get("VQKERNELS_REQUIRE_NATIVE") == "1" and (_reason := _native.una
     raise RuntimeError(f"VQKERNELS_REQUIRE_NATIVE=1, but the native library is not available: {_reason}")
 
 
+def keep_bytecode() -> None:
+    """Where Python shall write none, it goes to a folder of its own: some hundred processes import torch and more.
+
+    Without it each of them compiles their sources anew, twice as long as most of what is tested in them takes.
+    """
+    if sys.dont_write_bytecode:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        sys.dont_write_bytecode = False
+        if sys.pycache_prefix is None:
+            sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(temporary("bytecode"))
+
+
+def temporary(name: str) -> Path:
+    """A folder of this user that outlives the session."""
+    user = os.getuid() if hasattr(os, "getuid") else "tests"
+    return Path(tempfile.gettempdir()) / f"vqkernels-{name}-{user}"
+
+
 def pytest_configure() -> None:
     """Inductor compiles into a folder for this version of the operators, which workers and later sessions share.
 
     Its own folder belongs to the user. What it finds there for a graph it takes, also if our operators have come to
     lay out their results differently since: then a test fails because of another version, tested earlier or beside it.
     """
+    keep_bytecode()
     # One process compiles what several want, and the others wait: on a busy machine for more than the usual 600 s.
     os.environ.setdefault("TORCHINDUCTOR_FILE_LOCK_TIMEOUT", "3600")
     version = hashlib.sha256()
     for path in sorted(Path(ops.__path__[0]).rglob("*.py")):
         version.update(path.read_bytes())
-    user = os.getuid() if hasattr(os, "getuid") else "tests"
-    folder = Path(tempfile.gettempdir()) / f"vqkernels-inductor-{user}" / version.hexdigest()[:16]
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(temporary("inductor") / version.hexdigest()[:16]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,6 +19,8 @@ from clean_environment import ROOT, Environment, run
 
 from vqkernels import _native
 
+# Unoptimised where a test is about files and not about kernels: a third of the time.
+DEBUG = "--config-settings=cmake.build-type=Debug"
 FALSE = shutil.which("false") or "/bin/false"
 BROKEN = {"CC": FALSE, "CXX": FALSE}
 needs_compiler = pytest.mark.skipif(
@@ -43,7 +45,7 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 @pytest.mark.slow
 @needs_compiler
 def test_wheel_serves_every_python_and_carries_the_library(environment: Environment, tmp_path: Path) -> None:
-    flags = ("--no-deps", "--no-index", "--no-build-isolation")
+    flags = (DEBUG, "--no-deps", "--no-index", "--no-build-isolation")
     environment.pip("wheel", *flags, "-w", tmp_path, ROOT, VQKERNELS_REQUIRE_NATIVE="1")
     (wheel,) = tmp_path.glob("*.whl")
     name, _, python, abi, platform = wheel.stem.split("-")
@@ -65,7 +67,7 @@ def test_wheel_serves_every_python_and_carries_the_library(environment: Environm
 @pytest.mark.slow
 @needs_compiler
 def test_broken_nvcc_costs_the_cuda_library_only(environment: Environment) -> None:
-    done = environment.install(ROOT, VQKERNELS_REQUIRE_NATIVE="1", VQKERNELS_CUDA="1", CUDACXX=FALSE)
+    done = environment.install(DEBUG, ROOT, VQKERNELS_REQUIRE_NATIVE="1", VQKERNELS_CUDA="1", CUDACXX=FALSE)
     assert f"vqkernels: no CUDA library: {FALSE} does not work" in done.stdout + done.stderr
     assert environment.probe()["library"] == str(environment.site / "vqkernels" / "lib" / "libvqk_cpu.so")
     assert not list((environment.site / "vqkernels" / "lib").glob("libvqk_cuda*"))
@@ -115,7 +117,8 @@ def test_broken_compiler_still_installs_and_says_so(pure: Environment) -> None:
 def test_pure_install_passes_the_reference_tests(pure: Environment) -> None:
     tests = [ROOT / "tests" / "ops" / f"test_{op}.py" for op in ("nearest", "lookup", "codebook_sum", "ema_update")]
     flags = ("-q", "-p", "no:cacheprovider", "-m", "not slow", "-c", ROOT / "pyproject.toml")
-    done = run(pure.python, "-m", "pytest", *flags, *tests, cwd=pure.folder, PYTHONDONTWRITEBYTECODE="1")
+    kept = {"PYTHONPYCACHEPREFIX": sys.pycache_prefix or ""}  # bytecode is where this process has it
+    done = run(pure.python, "-m", "pytest", *flags, *tests, cwd=pure.folder, **kept)
     closing = done.stdout.splitlines()[-1]
     assert " passed" in closing
     assert "failed" not in closing
@@ -147,8 +150,7 @@ def test_pure_can_be_asked_for(environment: Environment) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_editable_install_finds_its_library_beside_the_sources(environment: Environment) -> None:
-    # Unoptimised: this is about files, not about kernels.
-    environment.install("--config-settings=cmake.build-type=Debug", "-e", ROOT, VQKERNELS_REQUIRE_NATIVE="1")
+    environment.install(DEBUG, "-e", ROOT, VQKERNELS_REQUIRE_NATIVE="1")
     found = environment.probe()
     assert found["file"] == str(ROOT / "vqkernels" / "__init__.py")
     assert found["library"] == str(environment.site / "vqkernels" / "lib" / "libvqk_cpu.so")

@@ -22,6 +22,7 @@ __all__ = [
     "test_checks_can_fail",
     "test_every_op_makes_the_device_of_its_tensors_current",
     "test_op",
+    "test_the_check_of_a_training_step_can_fail",
     "test_training_step",
 ]
 
@@ -78,5 +79,9 @@ def test_checks_can_fail(op: str, place: Place, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Place, "peak", lambda self, work: 2**40)
     with pytest.raises(AssertionError, match="given and returned"):
         CHECKS[4](place, op)
+
+
+def test_the_check_of_a_training_step_can_fail(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Place, "peak", lambda self, work: 2**40)
     with pytest.raises(AssertionError, match="N x K floats"):
         gpu_checks.check_a_training_step_takes_no_matrix(place, {})

@@ -171,7 +171,8 @@ def check_streams_do_not_meet(place: Place, op: str) -> None:
 def check_a_captured_call_follows_its_arguments(place: Place, op: str) -> None:
     static = given(op, place, 2)
     replay, results = place.captured(lambda: run(op, static, place.backend))
-    for seed in (8, 14):  # of one kind with 2: the same metric, gradient and layout
+    # Of one kind with 2: the same metric, gradient and layout.
+    for seed in (8, 14) if place.cuda else (8,):
         for to, new in zip(tensors(static), tensors(given(op, place, seed)), strict=True):
             to.copy_(new)
         replay()
@@ -180,7 +181,7 @@ def check_a_captured_call_follows_its_arguments(place: Place, op: str) -> None:
 
 
 def check_memory_is_that_of_rows_and_codes(place: Place, op: str) -> None:
-    n, k, d = (20000, 3000, 16) if place.cuda else (70, 40, 5)
+    n, k, d = (20000, 3000, 16) if place.cuda else (9, 7, 5)  # where there is no peak
     arguments = given(op, place, 0, (1, 1, n, d, k))
     results = run(op, arguments, place.backend)
     held = sum(t.numel() * t.element_size() for t in tensors([*results, *arguments]))

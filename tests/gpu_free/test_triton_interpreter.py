@@ -19,10 +19,15 @@ FILES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_interpreted(path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(path.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+    }
     # Answers stay right where products are wrong: then every row is compared in float64.
     strict = ["-W", "error:vqkernels. the tensor cores of:RuntimeWarning"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *strict, str(path)]
+    plugins = ["-p", "no:cacheprovider", "-p", "interpreter_caches"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *strict, str(path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parents[2], check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
