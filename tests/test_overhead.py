@@ -52,7 +52,7 @@ def test_operators_inside_of_our_ops_count() -> None:
     x, codebook = torch.randn(1, 1, 4, 3), torch.randn(1, 5, 3)
     indices, distance = vqkernels.ops.nearest(x, codebook)
     with overhead.Operators() as found:
-        vqkernels.ops.quantize_output(x, codebook, indices, distance, False)
+        vqkernels.ops.quantize_output(x, codebook, indices, distance, False, False, "reference")
     assert found.every[0] == "vqkernels.quantize_output.default"
     assert "aten.sum.default" in found.compute
     assert "aten.empty.memory_format" in set(found.every) - set(found.compute)
