@@ -14,10 +14,11 @@ constexpr int64_t most_blocks = 1024;           // of which each leaves a partia
 
 // What rows add to the loss, and how many of them count.
 struct Part {
-  double total, rows;
+  double total;
+  int32_t rows;
 
   VQK_DEVICE Part none() { return {0, 0}; }
-  VQK_DEVICE Part both(const Part &a, const Part &b) { return {__dadd_rn(a.total, b.total), __dadd_rn(a.rows, b.rows)}; }
+  VQK_DEVICE Part both(const Part &a, const Part &b) { return {__dadd_rn(a.total, b.total), a.rows + b.rows}; }
 };
 
 // Over the 32 lanes of a warp; all of them get it.
@@ -34,7 +35,7 @@ struct Results {
 };
 
 VQK_DEVICE void write_results(const Part &all, int64_t D, const Results &to) {
-  const double weight = __ddiv_rn(1, max(__dmul_rn(all.rows, static_cast<double>(D)), 1.0));
+  const double weight = __ddiv_rn(1, max(__dmul_rn(static_cast<double>(all.rows), static_cast<double>(D)), 1.0));
   const double loss = __dmul_rn(all.total, weight);
   *to.weight = weight;
   store<double>(to.codebook_loss, to.dtype, 0, loss);
@@ -43,6 +44,7 @@ VQK_DEVICE void write_results(const Part &all, int64_t D, const Results &to) {
 
 template <class V>
 struct OutputShared {
+  Part part[tile];  // of the rows that a lane of warp 0 has seen: registers are scarce
   int64_t index[tile];
   V error[tile];
   Tile<V> z, e;
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(tile_threads)
   const uint32_t per_head = static_cast<uint32_t>((rows + tile - 1) / tile);
   const uint32_t tiles = static_cast<uint32_t>(out.size[0]) * per_head;
   const int lane = static_cast<int>(threadIdx.x) % lanes, row = static_cast<int>(threadIdx.x) / lanes;
-  Part part = Part::none();
+  if (threadIdx.x < tile) shared.part[threadIdx.x] = Part::none();
   for (uint32_t number = blockIdx.x; number < tiles; number += gridDim.x) {
     const int64_t head = number / per_head, first_row = static_cast<int64_t>(number % per_head) * tile;
     load_indices(shared.index, indices, head, first_row, rows, codebook.size[1]);
@@ -119,12 +121,12 @@ __global__ void __launch_bounds__(tile_threads)
         error = distance[head * rows + first_row + threadIdx.x];
       else
         error = shared.error[threadIdx.x];
-      part = Part::both(part, {error, 1});
+      shared.part[threadIdx.x] = Part::both(shared.part[threadIdx.x], {error, 1});
     }
     __syncthreads();  // before the next tile's indices
   }
   if (threadIdx.x >= tile) return;
-  part = over_warp(part);
+  const Part part = over_warp(shared.part[threadIdx.x]);
   if (threadIdx.x > 0) return;
   if (gridDim.x == 1)
     write_results(part, D, results);

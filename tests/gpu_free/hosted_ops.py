@@ -1,6 +1,5 @@
 """``lookup``, ``codebook_sum``, ``ema_update``, ``quantize_grad``, ``quantize_output`` of csrc/cuda, in several orders.
 
-
 Run by test_cuda_host.py, and by `make asan` with a library that ASan and UBSan watch.
 """
 
