@@ -27,12 +27,12 @@ MOST = {
     "nearest": 1,
     "lookup": 1,
     "codebook_sum": 1,
-    "vector_quantize": 7,
-    "VectorQuantizer, inference": 7,
-    "VectorQuantizer, eval": 7,
-    "training step, gradient": 27,
-    "training step, moving averages": 22,
-    "training step, and dead codes": 52,
+    "vector_quantize": 3,
+    "VectorQuantizer, inference": 3,
+    "VectorQuantizer, eval": 3,
+    "training step, gradient": 23,
+    "training step, moving averages": 18,
+    "training step, and dead codes": 48,
 }
 
 

@@ -84,18 +84,23 @@ void write_rows(const Codes<In> &codes, int64_t D, typename Out::raw *target, in
   }
 }
 
-// Codes to planes: a cache line of every code at a time as a tile of `Tile`, transposed, then one long run per plane.
+// What a tile is made of: 16-bit floats are turned in float32, in registers, and rounded when they are written.
+template <class Out>
+using Tile = typename std::conditional<std::is_same<Out, F64>::value, F64, F32>::type;
+
+// Codes to planes: a cache line of every code at a time, transposed in a tile, then one long run per plane.
 // `visit(first, dims, tile)` sees each tile, (dims, block_rows), from dim `first` on.
-template <class Tile, class Out, class In, class Visit>
+template <class Out, class In, class Visit>
 void write_planes(const Codes<In> &codes, int64_t D, typename Out::raw *target, int64_t row_step, int64_t dim_step,
                   const Visit &visit) {
-  using raw = typename Tile::raw;
+  using T = Tile<Out>;
+  using raw = typename T::raw;
   raw gathered[tile_rows * tile_dims] = {}, tile[tile_dims * block_rows];
   const auto convert = [](raw value) {
-    if constexpr (std::is_same<Tile, Out>::value)
+    if constexpr (std::is_same<T, Out>::value)
       return value;
     else
-      return Out::put(Tile::get(value));
+      return Out::put(T::get(value));
   };
   for (int64_t first = 0; first < D; first += tile_dims) {
     const int64_t dims = std::min(tile_dims, D - first);
@@ -105,9 +110,9 @@ void write_planes(const Codes<In> &codes, int64_t D, typename Out::raw *target, 
         const auto *from = codes.source[row + i] + first * step;
         raw *to = gathered + i * tile_dims;
         if (step == 1 && dims == tile_dims)
-          for (int64_t d = 0; d < tile_dims; ++d) to[d] = Tile::put(In::get(from[d]));
+          for (int64_t d = 0; d < tile_dims; ++d) to[d] = T::put(In::get(from[d]));
         else
-          for (int64_t d = 0; d < dims; ++d) to[d] = Tile::put(In::get(from[d * step]));
+          for (int64_t d = 0; d < dims; ++d) to[d] = T::put(In::get(from[d * step]));
       }
       transpose<tile_rows, tile_dims>(gathered, tile + row, block_rows);
     }
@@ -115,7 +120,7 @@ void write_planes(const Codes<In> &codes, int64_t D, typename Out::raw *target, 
     for (int64_t d = 0; d < dims; ++d) {
       auto *to = target + (first + d) * dim_step;
       const raw *from = tile + d * block_rows;
-      if (std::is_same<Tile, Out>::value && row_step == 1)
+      if (std::is_same<T, Out>::value && row_step == 1)
         std::copy(from, from + codes.count, to);
       else if (row_step == 1)
         for (int64_t i = 0; i < codes.count; ++i) to[i] = convert(from[i]);
@@ -133,7 +138,7 @@ void write(const Codes<In> &codes, const Place &place, const vqk_rows &out) {
   if (out.stride[3] == 1)
     write_rows<Out>(codes, D, target, out.stride[2]);
   else
-    write_planes<Out, Out>(codes, D, target, out.stride[2], out.stride[3], [](int64_t, int64_t, const typename Out::raw *) {});
+    write_planes<Out>(codes, D, target, out.stride[2], out.stride[3], [](int64_t, int64_t, const typename Tile<Out>::raw *) {});
 }
 
 }  // namespace gather

@@ -17,14 +17,14 @@ struct Vector {
   typedef V type __attribute__((vector_size(width * sizeof(V))));
 };
 
-// Dims d, d + 1, .. of a row, `count` of them, zeros up to 16.
+// Dims d, d + 1, .. of a row.
 template <class T, class V>
-VQK_INLINE void load(const typename T::raw *row, int64_t step, int64_t count, typename Vector<V, lanes>::type &to) {
-  V value[lanes] = {};
-  if (step == 1 && count == lanes)
+VQK_INLINE void load(const typename T::raw *row, int64_t step, typename Vector<V, lanes>::type &to) {
+  V value[lanes];
+  if (step == 1)
     for (int64_t l = 0; l < lanes; ++l) value[l] = static_cast<V>(T::get(row[l]));
   else
-    for (int64_t l = 0; l < count; ++l) value[l] = static_cast<V>(T::get(row[l * step]));
+    for (int64_t l = 0; l < lanes; ++l) value[l] = static_cast<V>(T::get(row[l * step]));
   std::memcpy(&to, value, sizeof to);
 }
 
@@ -32,21 +32,26 @@ VQK_INLINE void load(const typename T::raw *row, int64_t step, int64_t count, ty
 template <class Z, class E, class V = typename Z::value>
 VQK_CLONES void row_errors(const typename Z::raw *z, int64_t row_step, int64_t dim_step, const gather::Codes<E> &codes, int64_t D,
                            V *errors) {
+  const int64_t whole = D - D % lanes;
   for (int64_t i = 0; i < codes.count; ++i) {
     const auto *row = z + i * row_step;
     const auto *code = codes.source[i];
     const int64_t code_step = codes.step[i];
-    typename Vector<V, lanes>::type sum{};
-    for (int64_t d = 0; d < D; d += lanes) {
-      const int64_t count = std::min(lanes, D - d);
-      typename Vector<V, lanes>::type a, b;
-      load<Z, V>(row + d * dim_step, dim_step, count, a);
-      load<E, V>(code + d * code_step, code_step, count, b);
-      a -= b;
-      sum += a * a;
+    V part[lanes] = {};
+    if (whole > 0) {
+      typename Vector<V, lanes>::type sum{}, a, b;
+      for (int64_t d = 0; d < whole; d += lanes) {
+        load<Z, V>(row + d * dim_step, dim_step, a);
+        load<E, V>(code + d * code_step, code_step, b);
+        a -= b;
+        sum += a * a;
+      }
+      std::memcpy(part, &sum, sizeof sum);
     }
-    V part[lanes];
-    std::memcpy(part, &sum, sizeof sum);
+    for (int64_t d = whole; d < D; ++d) {
+      const V error = static_cast<V>(Z::get(row[d * dim_step])) - static_cast<V>(E::get(code[d * code_step]));
+      part[d - whole] += error * error;
+    }
     for (int64_t half = lanes / 2; half > 0; half /= 2)
       for (int64_t l = 0; l < half; ++l) part[l] += part[l + half];
     errors[i] = part[0];
@@ -113,16 +118,15 @@ struct Sum {
 template <class Z, class E>
 void measure(const vqk_rows &z, const gather::Codes<E> &codes, const gather::Place &place, const vqk_rows &out, Sum &sum) {
   using V = typename Z::value;
-  using Tile = typename std::conditional<std::is_same<V, double>::value, F64, F32>::type;
   const int64_t D = out.size[3];
   const auto *rows = place.of<Z>(z);
   if (out.stride[3] != 1 && z.stride[3] != 1 && z.stride[2] == 1) {
-    // A tile in the precision of the sum: a half-precision output has lost digits of the codes.
+    // Tiles have all digits of the codes that count, a half-precision output has not.
     V sums[lanes * block_rows] = {};
     const auto add = [&](int64_t first, int64_t dims, const V *tile) {
       add_planes<Z>(rows + first * z.stride[3], z.stride[3], tile, dims, codes.count, sums);
     };
-    gather::write_planes<Tile, Z>(codes, D, place.of<Z>(out), out.stride[2], out.stride[3], add);
+    gather::write_planes<Z>(codes, D, place.of<Z>(out), out.stride[2], out.stride[3], add);
     join_lanes(sums, codes.count);
     sum.add(sums, codes);
     return;
