@@ -88,6 +88,24 @@ void write_rows(const Codes<In> &codes, int64_t D, typename Out::raw *target, in
 template <class Out>
 using Tile = typename std::conditional<std::is_same<Out, F64>::value, F64, F32>::type;
 
+// Up to `width` dims of 32 codes, from `first` on, turned into a tile from its row `row` on by way of `gathered`.
+template <int64_t width, class T, class In>
+VQK_INLINE void fill_tile(const Codes<In> &codes, int64_t row, int64_t first, int64_t dims, typename T::raw *__restrict gathered,
+                          typename T::raw *__restrict tile) {
+  for (int64_t i = 0; i < std::min(tile_rows, codes.count - row); ++i) {
+    const int64_t step = codes.step[row + i];
+    const auto *from = codes.source[row + i] + first * step;
+    auto *to = gathered + i * width;
+    if (step == 1 && dims == width)
+      for (int64_t d = 0; d < width; ++d) to[d] = T::put(In::get(from[d]));
+    else if (step == 1 && std::is_same<In, T>::value)
+      std::memcpy(to, from, static_cast<size_t>(dims) * sizeof *to);
+    else
+      for (int64_t d = 0; d < dims; ++d) to[d] = T::put(In::get(from[d * step]));
+  }
+  transpose<tile_rows, width>(gathered, tile + row, block_rows);
+}
+
 // Codes to planes: a cache line of every code at a time, transposed in a tile, then one long run per plane.
 // `visit(first, dims, tile)` sees each tile, (dims, block_rows), from dim `first` on.
 template <class Out, class In, class Visit>
@@ -104,18 +122,11 @@ void write_planes(const Codes<In> &codes, int64_t D, typename Out::raw *target, 
   };
   for (int64_t first = 0; first < D; first += tile_dims) {
     const int64_t dims = std::min(tile_dims, D - first);
-    for (int64_t row = 0; row < codes.count; row += tile_rows) {
-      for (int64_t i = 0; i < std::min(tile_rows, codes.count - row); ++i) {
-        const int64_t step = codes.step[row + i];
-        const auto *from = codes.source[row + i] + first * step;
-        raw *to = gathered + i * tile_dims;
-        if (step == 1 && dims == tile_dims)
-          for (int64_t d = 0; d < tile_dims; ++d) to[d] = T::put(In::get(from[d]));
-        else
-          for (int64_t d = 0; d < dims; ++d) to[d] = T::put(In::get(from[d * step]));
-      }
-      transpose<tile_rows, tile_dims>(gathered, tile + row, block_rows);
-    }
+    for (int64_t row = 0; row < codes.count; row += tile_rows)
+      if (dims <= tile_dims / 2)
+        fill_tile<tile_dims / 2, T>(codes, row, first, dims, gathered, tile);
+      else
+        fill_tile<tile_dims, T>(codes, row, first, dims, gathered, tile);
     visit(first, dims, static_cast<const raw *>(tile));
     for (int64_t d = 0; d < dims; ++d) {
       auto *to = target + (first + d) * dim_step;
