@@ -13,7 +13,7 @@
 #endif
 
 // Raise on every change of a struct or a signature; the loader refuses a library of another number.
-#define VQK_ABI_VERSION 3
+#define VQK_ABI_VERSION 4
 
 enum vqk_status { VQK_OK = 0, VQK_INVALID = 1, VQK_NO_MEMORY = 2, VQK_UNSUPPORTED = 3, VQK_INTERNAL = 4 };
 enum vqk_dtype { VQK_F32 = 0, VQK_F64 = 1, VQK_F16 = 2, VQK_BF16 = 3 };
@@ -98,6 +98,11 @@ VQK_API int32_t vqk_cpu_ema_update(float *cluster_size, float *embed_avg, float 
 VQK_API int32_t vqk_cpu_quantize_grad(const vqk_rows *grad, const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
                                       double commitment, int32_t gradient, const vqk_rows *out);
 
+// quantize_output: out as lookup's, the mean squared difference twice and its weight (see ops/quantize_output). distance: contiguous
+// (H, B, S); null: z is read, which may be null otherwise. Losses are float64 for float64 out, else float32.
+VQK_API int32_t vqk_cpu_quantize_output(const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices, const float *distance,
+                                        const vqk_rows *out, void *codebook_loss, void *commitment_loss, double *weight);
+
 // libvqk_cuda<major>. Pointers are the device's, `device` is its ordinal and `stream` a cudaStream_t: work is queued, nothing
 // waits for it, and nothing is allocated, so that calls can be captured in a CUDA graph. Indices outside of [-1, K) count
 // as -1, for nobody could be told. Workspaces are 256-byte aligned and free again when the stream has passed the call.
@@ -116,6 +121,10 @@ VQK_API int32_t vqk_cuda_ema_update(float *cluster_size, float *embed_avg, float
 VQK_API int32_t vqk_cuda_quantize_grad(const vqk_rows *grad, const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
                                        const void *commitment, int32_t gradient, const vqk_rows *out, int32_t device,
                                        void *stream);
+VQK_API int64_t vqk_cuda_quantize_output_workspace(const vqk_rows *out);  // bytes
+VQK_API int32_t vqk_cuda_quantize_output(const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
+                                         const float *distance, const vqk_rows *out, void *codebook_loss, void *commitment_loss,
+                                         double *weight, void *workspace, int32_t device, void *stream);
 
 // nearest on CUDA: indices, score as above; workspace of so many bytes (-1: an error).
 VQK_API int64_t vqk_cuda_nearest_workspace(const vqk_rows *x, const vqk_codes *codebook, int32_t metric,

@@ -42,8 +42,6 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BACKENDS = {"reference", "native", "triton"}
-# Ops whose native backend is made of another op's kernels.
-COMPOSED = {"quantize_output"}
 # What a backend file may show besides the two names that dispatch calls.
 OPTIONAL = {"describe", "clear_cache"}
 EXTRAS = {
@@ -179,7 +177,7 @@ def test_backend_names_are_files() -> None:
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_same_stem_everywhere(op: str) -> None:
     expected = [PACKAGE / "ops" / op / "reference.py", ROOT / "tests" / "ops" / f"test_{op}.py"]
-    if (PACKAGE / "ops" / op / "native.py").exists() and op not in COMPOSED:
+    if (PACKAGE / "ops" / op / "native.py").exists():
         expected.append(ROOT / "csrc" / "cpu" / f"{op}.cpp")
     assert not [str(path.relative_to(ROOT)) for path in expected if not path.is_file()]
     assert f"vqkernels::{op}" == getattr(torch.ops.vqkernels, op).default._schema.name

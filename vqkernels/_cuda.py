@@ -72,6 +72,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [_rows, _rows, _codes, _int64, c_void_p, c_int32, _rows, c_int32, c_void_p],
     ),
+    "vqk_cuda_quantize_output_workspace": (c_int64, [_rows]),
+    "vqk_cuda_quantize_output": (
+        c_int32,
+        [_rows, _codes, _int64, _float, _rows, c_void_p, c_void_p, POINTER(c_double), c_void_p, c_int32, c_void_p],
+    ),
     "vqk_cuda_nearest_workspace": (c_int64, [_rows, _codes, c_int32, POINTER(SearchPlan)]),
     "vqk_cuda_nearest": (
         c_int32,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 __all__ = ["ABI_VERSION", "ISAS", "Codes", "Rows", "codes", "isa", "lib", "rows", "unavailable"]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
@@ -55,7 +55,7 @@ class Codes(Structure):
 # One `pack` and one copy fill a struct in a third of the time of ctypes' own conversion of two arrays.
 _ROWS, _CODES = struct.Struct("@P4q4qii"), struct.Struct("@P3q3qii")
 _rows, _codes = POINTER(Rows), POINTER(Codes)
-_int32, _int64, _float = POINTER(c_int32), POINTER(c_int64), POINTER(c_float)
+_int32, _int64, _float, _double = POINTER(c_int32), POINTER(c_int64), POINTER(c_float), POINTER(c_double)
 # tests/test_native.py compares this table with csrc/capi.h and with the exported symbols.
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "vqk_abi_version": (c_int32, []),
@@ -98,6 +98,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ],
     ),
     "vqk_cpu_quantize_grad": (c_int32, [_rows, _rows, _codes, POINTER(c_int64), c_double, c_int32, _rows]),
+    "vqk_cpu_quantize_output": (
+        c_int32,
+        [_rows, _codes, POINTER(c_int64), POINTER(c_float), _rows, c_void_p, c_void_p, POINTER(c_double)],
+    ),
 }
 
 
@@ -145,7 +149,7 @@ def _torch_parallel_for() -> int | None:
 
 def addresses(argtypes: list[Any]) -> list[Any]:
     """``argtypes`` for calls: ``data_ptr()`` is a number, and to cast it to a typed pointer would take time."""
-    return [c_void_p if t in (_int32, _int64, _float) else t for t in argtypes]
+    return [c_void_p if t in (_int32, _int64, _float, _double) else t for t in argtypes]
 
 
 def lib() -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""``lookup``, ``codebook_sum``, ``quantize_grad`` and ``ema_update`` of csrc/cuda, on the host, in several orders.
+"""``lookup``, ``codebook_sum``, ``ema_update``, ``quantize_grad``, ``quantize_output`` of csrc/cuda, in several orders.
 
 Run by test_cuda_host.py, and by `make asan` with a library that ASan and UBSan watch.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_host import SEEDS, set_seed
+from cuda_host import SEEDS, launches, set_seed
 from gpu_data import KINDS, case, laid_out
 from torch import Tensor
 
@@ -114,6 +114,11 @@ def test_indices_out_of_range_are_no_codes(wrong: int) -> None:
     assert same(ops.codebook_sum(x, indices, 4, "native"), ops.codebook_sum(x, expected, 4, "reference"))
     found = ops.quantize_grad(x, x, codes, indices, one, "straight_through", False, "native")
     assert same(found, ops.quantize_grad(x, x, codes, expected, one, "straight_through", False, "reference"))
+    for distance in (None, torch.rand(1, 1, 6)):
+        found, expected_output = (
+            ops.quantize_output(x, codes, i, distance, True, False, "native") for i in (indices, expected)
+        )
+        assert same(found, expected_output)
 
 
 @pytest.mark.parametrize(("dtype", "layout"), KINDS, ids=str)
@@ -127,6 +132,56 @@ def test_gradients_have_the_bits_of_the_cpu(
         for channel_first in (False, True):
             args = (grad, z, codes, indices, torch.tensor(0.7), gradient, channel_first)
             assert same(ops.quantize_grad(*args, "native"), on_cpu(ops.quantize_grad, *args)), (gradient, channel_first)
+
+
+def compare_outputs(found: Any, expected: Any) -> None:
+    """Values and weight to the bit; losses are added up in another order."""
+    assert same((found[0], found[3]), (expected[0], expected[3]))
+    rel = 1e-13 if found[1].dtype == torch.float64 else 2e-7
+    torch.testing.assert_close(found[1:3], expected[1:3], rtol=rel, atol=0)
+    assert found[1].equal(found[2])
+
+
+@pytest.mark.parametrize(("dtype", "layout"), KINDS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_output_gathers_and_measures(
+    sizes: tuple[int, ...], dtype: torch.dtype, layout: str, on_cpu: Callable[..., Any]
+) -> None:
+    z, codes, indices = case(sizes, dtype, layout)
+    for given in (codes, codes.float()):
+        for distance in (None, torch.rand(indices.shape)):
+            for channel_first in (False, True):
+                args = (z, given, indices, distance, True, channel_first)
+                found = ops.quantize_output(*args, "native")
+                compare_outputs(found, on_cpu(ops.quantize_output, *args))
+                set_seed(SEEDS[1])
+                assert same(ops.quantize_output(*args, "native"), found)
+
+
+@pytest.mark.parametrize("n", [1, 32, 33, 64])
+def test_output_of_one_tile_is_one_launch(n: int) -> None:
+    z, codes, indices = torch.randn(1, 1, n, 8), torch.randn(1, 5, 8), torch.randint(5, (1, 1, n))
+    for distance in (None, torch.rand(1, 1, n)):
+        before = launches()
+        ops.quantize_output(z, codes, indices, distance, False, False, "native")
+        assert launches() - before == (1 if n <= 32 else 2)
+
+
+def test_output_survives_more_tiles_than_blocks(on_cpu: Callable[..., Any]) -> None:
+    n = 32 * 1024 + 70
+    args = (torch.randn(1, 1, n, 1), torch.randn(1, 7, 1), torch.randint(-1, 7, (1, 1, n)), torch.rand(1, 1, n))
+    compare_outputs(ops.quantize_output(*args, True, False, "native"), on_cpu(ops.quantize_output, *args, True, False))
+
+
+def test_output_without_rows_is_no_loss() -> None:
+    for sizes in ((1, 0, 3, 5), (2, 3, 4, 0)):
+        indices = torch.zeros(sizes[:3], dtype=torch.int64)
+        for distance in (None, torch.zeros(sizes[:3])):
+            found = ops.quantize_output(
+                torch.randn(sizes), torch.randn(2, 7, sizes[3])[: sizes[0]], indices, distance, True, False, "native"
+            )
+            assert found[0].shape == sizes
+            assert [t.item() for t in found[1:]] == [0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("normalize", [False, True])

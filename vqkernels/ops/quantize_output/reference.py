@@ -1,18 +1,15 @@
 """``quantize_output`` in pure PyTorch: a gather, then a sum over chunks of rows. Any device, any strides.
 
-Called by ``dispatch``, and with another gather by ``native``.
+Called by ``dispatch``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vqkernels.ops.lookup import reference as lookup
 
-Gather = Callable[[Tensor, Tensor, bool, torch.dtype | None], Tensor]
 # Elements that a pass over both operands may hold at a time.
 CHUNK_ELEMENTS = 2**20
 
@@ -28,19 +25,7 @@ def run(
     z: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor | None, masked: bool, channel_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the contract in the package docstring."""
-    return _with(lookup.run, z, codebook, indices, distance, masked, channel_first)
-
-
-def _with(
-    gather: Gather,
-    z: Tensor,
-    codebook: Tensor,
-    indices: Tensor,
-    distance: Tensor | None,
-    masked: bool,
-    channel_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    quantized = gather(codebook, indices, channel_first, z.dtype)
+    quantized = lookup.run(codebook, indices, channel_first, z.dtype)
     if masked:
         elements = (indices >= 0).sum(dtype=torch.float64) * z.shape[-1]
         weight = elements.clamp(min=1.0).reciprocal()
@@ -49,7 +34,7 @@ def _with(
     if distance is None:
         # A half-precision output has lost digits of the codes: compare with the codes themselves.
         wide = quantized.dtype == codebook.dtype or quantized.dtype == torch.float64
-        values = quantized if wide else gather(codebook, indices, channel_first, codebook.dtype)
+        values = quantized if wide else lookup.run(codebook, indices, channel_first, codebook.dtype)
         total = _squared_error(z, values.transpose(-1, -2) if channel_first else values, indices)
     else:
         total = (torch.where(indices >= 0, distance, 0.0) if masked else distance).sum(dtype=torch.float64)
