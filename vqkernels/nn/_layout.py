@@ -78,7 +78,7 @@ class Layout:
         places = self.places(z.shape)
         if mask is not None:
             raise ValueError("mask and lens are both given; expected one of them")
-        arguments.check_indices(lens)
+        arguments.check_indices(lens, "lens")
         if len(places) != 2 or tuple(lens.shape) != (places[0],):
             raise ValueError(
                 f"lens has shape {arguments.shape_of(lens)} for positions {tuple(places)}; expected (B,) and z of "

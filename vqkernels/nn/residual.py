@@ -277,7 +277,7 @@ class ResidualVectorQuantizer(nn.Module):
     def _keep(self, z: Tensor, keep: Tensor | None) -> Tensor | None:
         """How many levels to keep, () or (B,); ``None`` for all."""
         if keep is not None:
-            arguments.check_indices(keep)
+            arguments.check_indices(keep, "keep")
             if keep.dim() > 1 or (keep.dim() == 1 and keep.shape[0] != z.shape[0]):
                 raise ValueError(f"keep has shape {arguments.shape_of(keep)}; expected () or ({z.shape[0]},)")
             return keep
