@@ -87,9 +87,7 @@ def check_codebook(codebook: Tensor, name: str = "codebook") -> None:
     if codebook.dim() not in (2, 3):
         raise ValueError(f"{name} has shape {shape_of(codebook)}; expected (K, D), or (H, K, D) with heads")
     if any(s == 0 for s in codebook.shape):
-        raise ValueError(
-            f"{name} is empty: its shape is {shape_of(codebook)}; expected at least one code and one dim"
-        )
+        raise ValueError(f"{name} is empty: its shape is {shape_of(codebook)}; expected at least one code and one dim")
 
 
 def check_rows(name: str, x: Tensor, codebook: Tensor) -> None:
