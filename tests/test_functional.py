@@ -288,6 +288,7 @@ def test_codebook_sum_literal() -> None:
 
 
 X, C = torch.zeros(5, 3), torch.zeros(4, 3)
+NESTED = torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged)
 BAD = {
     "dims of the codebook": (lambda: nearest(X, X[0]), ValueError, r"codebook has shape \(3,\); expected \(K, D\)"),
     "empty codebook": (lambda: nearest(X, C[:0]), ValueError, r"codebook is empty: its shape is \(0, 3\)"),
@@ -298,6 +299,10 @@ BAD = {
     "integer rows": (lambda: nearest(X.long(), C), TypeError, "x has dtype torch.int64; expected float32"),
     "integer codebook": (lambda: nearest(X, C.int()), TypeError, "codebook has dtype torch.int32"),
     "complex rows": (lambda: vector_quantize(X.cfloat(), C), TypeError, "z has dtype torch.complex64"),
+    "sparse rows": (lambda: nearest(X.to_sparse(), C), TypeError, "x is a sparse_coo tensor; expected a dense one"),
+    "nested rows": (lambda: vector_quantize(NESTED, C), TypeError, "z is a nested tensor; expected a dense one"),
+    "sparse indices": (lambda: lookup(C, X.long().to_sparse()), TypeError, "indices is a sparse_coo tensor"),
+    "metric array": (lambda: nearest(X, C, metric=X.numpy()), ValueError, "metric is array"),
     "no tensor": (lambda: nearest([1.0], C), TypeError, "x is a list; expected a torch.Tensor"),
     "devices": (lambda: nearest(X.to("meta"), C), ValueError, "x is on meta, codebook on cpu"),
     "metric": (lambda: nearest(X, C, metric="l1"), ValueError, "metric is 'l1'; expected one of 'l2', 'cosine', 'dot'"),

@@ -65,8 +65,10 @@ WRONG: list[tuple[Any, Any, type[Exception], str]] = [
     (torch.randn(3, 6), BOOK, ValueError, r"codebooks has shape \(4, 6\); expected \(Q, K, D\)"),
     (torch.randn(3, 6), [BOOK, BOOK[None]], ValueError, r"codebooks\[1\] has shape \(1, 4, 6\); expected \(K, D\)"),
     (torch.randn(3, 6), [BOOK, BOOK[:, :5]], ValueError, r"x has shape \(3, 6\); expected \(\.\.\., 5\)"),
-    (torch.randn(3, 6), [BOOK, BOOK[:0]], ValueError, "codebook is empty"),
-    (torch.randn(3, 6), [BOOK.long()], TypeError, "codebook has dtype torch.int64"),
+    (torch.randn(3, 6), [BOOK, BOOK[:0]], ValueError, r"codebooks\[1\] is empty"),
+    (torch.randn(3, 6), [BOOK.long()], TypeError, r"codebooks\[0\] has dtype torch.int64"),
+    (torch.randn(3, 6), None, TypeError, "codebooks is a NoneType; expected"),
+    (torch.randn(3, 6), [BOOK.to_sparse()], TypeError, r"codebooks\[0\] is a sparse_coo tensor"),
     (torch.arange(6), [BOOK], TypeError, "x has dtype torch.int64"),
     ([1.0], [BOOK], TypeError, "x is a list"),
 ]

@@ -286,6 +286,20 @@ def test_half_precision_pickles_and_gradients(name: str) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(vq))(z).indices, want.indices)
 
 
+@pytest.mark.parametrize("options", [{}, {"input_dim": 5}], ids=["plain", "projection"])
+@pytest.mark.parametrize("name", [n for n in MODULES if n != "simvq"])
+def test_nan_under_a_mask_reaches_no_gradient(name: str, options: dict[str, Any]) -> None:
+    vq, mask = MODULES[name](**options), torch.rand(3, 9) > 0.4
+    z, found = torch.randn(3, options.get("input_dim", 4), 9), []
+    for filling in (0.0, float("nan")):
+        a = torch.where(mask.unsqueeze(1), z, filling).requires_grad_()
+        out = vq(a, mask)
+        found.append(torch.autograd.grad(out.loss + out.quantized.square().sum(), [a, *vq.parameters()]))
+    assert found[0][0].any()
+    for clean, dirty in zip(*found, strict=True):
+        assert torch.equal(clean, dirty)
+
+
 def test_straight_through_gradients_pass_unchanged() -> None:
     z = torch.randn(5, 4, requires_grad=True)
     out = vqkernels.LFQ(4, entropy_weight=0.0)(z)
@@ -307,6 +321,11 @@ def test_straight_through_gradients_pass_unchanged() -> None:
         (lambda: SimVQ(8, 4, gradient="soft"), "gradient is 'soft'"),
         (lambda: FSQ([3, 3], channel_dim=2), "channel_dim is 2"),
         (lambda: FSQ([3, 3]).codes_to_output(torch.tensor(1)), "indices has shape ()"),
+        (
+            lambda: RandomProjectionQuantizer(4, 8, 2)(torch.zeros(2, 4, device="meta")),
+            "z is on meta, the projection on",
+        ),
+        (lambda: FSQ([3, 3], input_dim=4)(torch.zeros(2, 4, device="meta")), "z is on meta, the projection on cpu"),
     ],
 )
 def test_bad_arguments_are_named(make: Any, message: str) -> None:

@@ -124,9 +124,87 @@ def test_row_weights_scale_what_a_row_contributes() -> None:
     first(z, weights=keep.float())
     second(z[keep])
     close(first.codebook, second.codebook)
-    with pytest.raises(ValueError, match="weights has shape"):
-        plain(z, weights=torch.ones(19))
     assert out.loss > 0
+
+
+def test_bad_weights_are_named_before_anything_changes() -> None:
+    vq = VectorQuantizer(K, D, decay=0.9, init="kmeans", affine=True)
+    before, z = state(vq), torch.randn(20, D)
+    for options, message in (
+        ({"weights": torch.ones(19)}, r"weights has shape \(19,\); expected \(20,\)"),
+        ({"weights": torch.ones(20, device="meta")}, "weights is on meta, z on cpu"),
+        ({"code_weights": torch.ones(K + 1)}, r"code_weights has shape \(17,\); expected \(16,\) or \(1, 16\)"),
+        ({"code_weights": torch.ones(K, device="meta")}, "code_weights is on meta, the codebook on cpu"),
+        ({"code_weights": [1.0] * K}, "code_weights is a list"),
+        ({"lens": torch.ones(20)}, "lens has dtype torch.float32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            vq(z, **options)
+        assert same_state(state(vq), before)
+        assert vq(z).indices.shape == (20,)  # still trains
+        vq.load_state_dict(before)
+
+
+def test_weights_pool_over_micro_batches_and_weights_of_codes_do_not() -> None:
+    pooled, joined = (VectorQuantizer(K, D, decay=0.9, init="normal") for _ in range(2))
+    joined.load_state_dict(pooled.state_dict())
+    z, weights = torch.randn(20, D), torch.rand(20)
+    weights[:12] = 1.0
+    with pooled.accumulating():
+        pooled(z[:12])
+        pooled(z[12:], weights=weights[12:])
+    joined(z, weights=weights)
+    close(pooled.cluster_size, joined.cluster_size)
+    close(pooled.codebook, joined.codebook)
+    before = state(pooled)
+    with pytest.raises(ValueError, match=r"code_weights is given inside accumulating\(\)"), pooled.accumulating():
+        pooled(z, code_weights=torch.ones(K))
+    assert same_state(state(pooled), before)
+
+
+def test_a_batch_in_training_may_change_codes_that_a_regulariser_saw() -> None:
+    vq = VectorQuantizer(64, D, dead_code_ratio=0.9, usage_decay=0.5, orthogonal_weight=0.1)
+    codes = vq.codebook.detach().clone()
+    first, second = vq(torch.randn(5, D)), vq(torch.randn(5, D))
+    assert not torch.equal(vq.codebook, codes)
+    close(first.loss - first.codebook_loss - 0.25 * first.commitment_loss, 0.1 * orthogonality(codes))
+    (first.loss + second.loss).backward()
+    assert vq.codebook.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_projection_of_float64_rows_runs_under_autocast(dtype: torch.dtype) -> None:
+    vq = VectorQuantizer(K, D, input_dim=5).to(dtype)
+    z = torch.randn(6, 5, dtype=torch.float64)
+    expected = vq(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = vq(z)
+        vq(z.float())
+    close(out.quantized, expected.quantized, *((0.05, 0.01) if dtype == torch.float32 else (0.0, 0.0)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"input_dim": 8},
+        {"normalize": True},
+        {"metric": "cosine", "heads": 2, "embedding_dim": 4},
+        {"gradient": "softmax"},
+    ],
+    ids=["projection", "unit", "cosine heads", "softmax"],
+)
+def test_nan_under_a_mask_reaches_no_gradient(options: dict[str, Any]) -> None:
+    vq = VectorQuantizer(**({"num_embeddings": K, "embedding_dim": D, "init": "normal"} | options))
+    mask = torch.rand(2, 6) > 0.4
+    z = torch.randn(2, D, 6)
+    found = []
+    for filling in (0.0, float("nan")):
+        a = torch.where(mask.unsqueeze(1), z, filling).requires_grad_()
+        out = vq(a, mask)
+        found.append(torch.autograd.grad((out.loss + out.quantized.square().sum()), [a, *vq.parameters()]))
+    assert found[0][0].any()
+    for clean, dirty in zip(*found, strict=True):
+        assert torch.equal(clean, dirty)
 
 
 def test_code_weights_scale_the_step_of_a_code() -> None:
@@ -258,6 +336,12 @@ def test_sampled_codes_follow_the_softmax_of_the_scores(metric: str) -> None:
     close(out.quantized, codes[out.indices])
     close(out.commitment_loss, F.mse_loss(z.expand(20000, 3), codes[out.indices]))
     assert (vq.eval()(z).indices == score.argmax()).all()
+    drawn = []
+    for autocast in (False, True):  # which must not round the scores
+        torch.manual_seed(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            drawn.append(vq.train()(z.expand(20000, 3)).indices)
+    assert torch.equal(*drawn)
     bad = torch.full((4, 3), float("nan"))
     counts = vq.train().code_counts.clone()
     vq(bad)

@@ -282,6 +282,64 @@ def test_bf16_autocast_and_half_inputs(name: str) -> None:
     half.quantized.float().sum().backward()
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nan_under_a_mask_reaches_no_gradient(name: str) -> None:
+    found = []
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    for filling in (0.0, float("nan")):
+        vq = rvq(name)
+        z = torch.where(mask.unsqueeze(1), torch.randn(2, channels(vq), 9), filling).requires_grad_()
+        out = vq(z, mask)
+        wanted = [z, *(p for p in vq.parameters() if p.requires_grad)]
+        found.append(torch.autograd.grad(out.loss + out.quantized.square().sum(), wanted))
+    assert found[0][0].any()
+    for clean, dirty in zip(*found, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+def test_a_split_quantizer_rounds_its_sum_once() -> None:
+    vq = SplitResidualVectorQuantizer(K, D, Q, init="normal").eval()
+    for dtype in (torch.bfloat16, torch.float16):
+        out = vq(torch.randn(2, D, 30, dtype=dtype))
+        assert torch.equal(out.quantized, vq.codes_to_output(out.indices).to(dtype))
+
+
+def test_vectors_without_a_batch() -> None:
+    options: dict[str, Any] = {"channel_dim": -1, "init": "normal"}
+    for vq, size in (
+        (ResidualVectorQuantizer(K, D, Q, dropout="sample", **options), D),
+        (SplitResidualVectorQuantizer(K, D, Q, dropout="sample", **options), D),
+        (GroupedResidualVectorQuantizer(K, D, Q, groups=2, dropout="sample", **options), 2 * D),
+    ):
+        z = torch.randn(size)
+        for _ in range(3):
+            vq(z)
+        out = vq.eval()(z)
+        assert out.indices.shape == ((2, Q) if size > D else (Q,))
+        close(vq.codes_to_output(out.indices), out.quantized)
+
+
+@pytest.mark.parametrize("wrong", [{"mask": torch.ones(3, dtype=torch.bool)}, {"mask": True}, {"keep": torch.ones(3)}])
+def test_wrong_arguments_change_nothing(wrong: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"decay": 0.9, "dropout": "sample"}
+    for vq in (
+        ResidualVectorQuantizer(K, D, Q, **options),
+        SplitResidualVectorQuantizer(K, D, Q, **options),
+        GroupedResidualVectorQuantizer(K, D // 2, Q, groups=2, **options),
+    ):
+        before = state(vq)
+        with pytest.raises((ValueError, TypeError), match=f"{next(iter(wrong))} has"):
+            vq(torch.randn(4, D), **wrong)
+        assert same_state(state(vq), before)
+
+
+@pytest.mark.parametrize("estimator", ["sum", "per_level"])
+def test_a_shared_codebook_moves_after_a_regulariser_saw_it(estimator: str) -> None:
+    vq = rvq(shared_codebook=True, dead_code_ratio=0.9, usage_decay=0.5, orthogonal_weight=0.1, estimator=estimator)
+    vq(torch.randn(2, D)).loss.backward()
+    assert vq.level(0).codebook.grad.any()
+
+
 def test_accumulating_is_one_update_on_the_joined_batch() -> None:
     for name in ("ema", "shared"):
         joined, pooled = rvq(name), rvq(name)
@@ -374,6 +432,7 @@ def test_groups_and_products_split_the_channels() -> None:
         (lambda: rvq()(torch.zeros(2, D), keep=torch.ones(3, dtype=torch.long)), "keep has shape (3,)"),
         (lambda: rvq()(torch.zeros(2, D, 4), lens=torch.ones(3, dtype=torch.long)), "lens has shape (3,)"),
         (lambda: rvq().codes_to_output(torch.zeros(2, 4, dtype=torch.long)), "indices has shape (2, 4)"),
+        (lambda: SplitResidualVectorQuantizer(4, 8, 2).codes_to_output(torch.ones(2, 3).int()), "indices has shape"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(make: Any, message: str) -> None:

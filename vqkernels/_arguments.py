@@ -46,7 +46,7 @@ def shape_of(x: Tensor) -> str:
 def check_choice(name: str, value: str, choices: Sequence[str] | None = None) -> None:
     """``value`` is one of the words that ``name`` may be."""
     allowed = choices or CHOICES[name]
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:  # an array would compare elementwise
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
@@ -73,17 +73,21 @@ def check_float_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name} is a {_kind(x)} tensor; expected a dense one")
 
 
-def check_codebook(codebook: Tensor) -> None:
+def _kind(x: Tensor) -> str:
+    return "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+
+
+def check_codebook(codebook: Tensor, name: str = "codebook") -> None:
     """``codebook`` is (K, D) or (H, K, D), floating, with no size 0."""
-    check_float_tensor("codebook", codebook)
+    check_float_tensor(name, codebook)
     if codebook.dim() not in (2, 3):
-        raise ValueError(f"codebook has shape {shape_of(codebook)}; expected (K, D), or (H, K, D) with heads")
+        raise ValueError(f"{name} has shape {shape_of(codebook)}; expected (K, D), or (H, K, D) with heads")
     if any(s == 0 for s in codebook.shape):
-        raise ValueError(
-            f"codebook is empty: its shape is {shape_of(codebook)}; expected at least one code and one dim"
-        )
+        raise ValueError(f"{name} is empty: its shape is {shape_of(codebook)}; expected at least one code and one dim")
 
 
 def check_rows(name: str, x: Tensor, codebook: Tensor) -> None:
@@ -104,12 +108,14 @@ def check_rows(name: str, x: Tensor, codebook: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device}, codebook on {codebook.device}; expected one device")
 
 
-def check_indices(indices: Tensor) -> None:
+def check_indices(indices: Tensor, name: str = "indices") -> None:
     """``indices`` is a tensor of integers."""
     if not isinstance(indices, Tensor):
-        raise TypeError(f"indices is a {type(indices).__name__}; expected a torch.Tensor")
+        raise TypeError(f"{name} is a {type(indices).__name__}; expected a torch.Tensor")
     if indices.dtype not in INTEGERS:
-        raise TypeError(f"indices has dtype {indices.dtype}; expected an integer dtype such as int64")
+        raise TypeError(f"{name} has dtype {indices.dtype}; expected an integer dtype such as int64")
+    if indices.layout != torch.strided or indices.is_nested:
+        raise TypeError(f"{name} is a {_kind(indices)} tensor; expected a dense one")
 
 
 def check_mask(mask: Tensor, rows: Sequence[int], like: Tensor, heads: bool) -> None:

@@ -86,11 +86,13 @@ def check_codebooks(codebooks: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     """One codebook (K, D) per level."""
     if isinstance(codebooks, Tensor) and codebooks.dim() != 3:
         raise ValueError(f"codebooks has shape {arguments.shape_of(codebooks)}; expected (Q, K, D)")
+    if not hasattr(codebooks, "__len__"):
+        raise TypeError(f"codebooks is a {type(codebooks).__name__}; expected a torch.Tensor or a sequence of them")
     if len(codebooks) == 0:
         raise ValueError("codebooks is empty; expected one (K, D) per level")
     found = codebooks.unbind(0) if isinstance(codebooks, Tensor) else codebooks
     for level, codebook in enumerate(found):
-        arguments.check_codebook(codebook)
+        arguments.check_codebook(codebook, f"codebooks[{level}]")
         if codebook.dim() != 2:
             raise ValueError(f"codebooks[{level}] has shape {arguments.shape_of(codebook)}; expected (K, D)")
     return found

@@ -124,8 +124,8 @@ int32_t pack_codes(const vqk_codes *codebook, int64_t head_index, int32_t metric
         if (metric == VQK_COSINE) {
           const double norm = head_norms(head)[k];
           scale = norm > 0 ? 1.0 / norm : 0.0;
-          // Squares that underflow make the norm, and so the decision, differ from the direction of the code.
-          if (norm > 0 && !(norm > 1e-140)) scan = 1;
+          // Squares that underflow or overflow make the norm, and so the decision, differ from the direction of the code.
+          if (norm > 0 && !(norm > 1e-140 && norm < 1e140)) scan |= needs_scan(codebook, head_index, given, metric);
         }
         const void *row = code_row(codebook, head_index, given, copies);
         if (codebook->dtype == VQK_F64)

@@ -164,6 +164,19 @@ def beyond_float32() -> Data:
     return codes[:63] + 1e-12 * x, codes
 
 
+def a_length_beyond_float64() -> Data:
+    """One code has an infinite length: a cosine of 0, or none at all (NaN) where the product overflows too.
+
+    All other codes look the other way, so that a cosine of 0 would be the best.
+    """
+    x = 1 + 0.1 * torch.randn(70, 40, dtype=F64)
+    x[::2] *= 4
+    codes = -1 - 0.1 * torch.randn(20, 40, dtype=F64)
+    codes[5] = 0
+    codes[5, 3] = 1e308
+    return x, codes
+
+
 def near_ties(row_scale: float, code_scale: float) -> Data:
     """Codes that differ in the last bits of float64 only, half of them repeated; rows at another scale."""
     x, codes = normal(63, 1, 16, torch.float64)
@@ -225,6 +238,7 @@ DATA: dict[str, Callable[[], Data]] = {
     "float64, near ties of huge codes": lambda: near_ties(1, 1e120),
     "float64, near ties of products that underflow": lambda: near_ties(1e-155, 1e-155),
     "float64, near ties of huge rows and tiny codes": lambda: near_ties(1e200, 1e-120),
+    "float64, a length beyond it": a_length_beyond_float64,
     "neighbouring float32": lambda: neighbours(torch.float32),
     "neighbouring float64": lambda: neighbours(F64),
     "an outlier among the codes": outlier_code,

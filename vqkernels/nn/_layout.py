@@ -73,12 +73,20 @@ class Layout:
         arguments.check_mask(mask, self.places(z.shape), z, False)
         return mask.reshape(rows.shape[1:3]).expand(rows.shape[:3])
 
+    def blank(self, mask: Tensor, z: Tensor) -> Tensor:
+        """``z`` with zeros where the checked ``mask`` (B, ...) is False.
+
+        For arithmetic outside of the ops: what lies there may be NaN, and its gradient is 0 times what it was.
+        """
+        arguments.check_mask(mask, self.places(z.shape), z, False)
+        return torch.where(mask.unsqueeze(1 if self._first(z.dim()) else -1), z, 0.0)
+
     def lens_mask(self, lens: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
         """Lengths (B,) as a mask (B, T)."""
         places = self.places(z.shape)
         if mask is not None:
             raise ValueError("mask and lens are both given; expected one of them")
-        arguments.check_indices(lens)
+        arguments.check_indices(lens, "lens")
         if len(places) != 2 or tuple(lens.shape) != (places[0],):
             raise ValueError(
                 f"lens has shape {arguments.shape_of(lens)} for positions {tuple(places)}; expected (B,) and z of "
@@ -91,6 +99,8 @@ class Layout:
         arguments.check_float_tensor("weights", weights)
         if tuple(weights.shape) != (places := self.places(z.shape)):
             raise ValueError(f"weights has shape {arguments.shape_of(weights)}; expected {tuple(places)}")
+        if weights.device != z.device:
+            raise ValueError(f"weights is on {weights.device}, z on {z.device}; expected one device")
         return weights.detach().reshape(rows.shape[1:3]).expand(rows.shape[:3])
 
     def output(self, values: Tensor, shape: Sequence[int]) -> Tensor:

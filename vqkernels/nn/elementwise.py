@@ -50,13 +50,13 @@ class ElementwiseQuantizer(nn.Module):
     def _open(self, z: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The projected input, its rows (H, B, S, D) in at least float32, and the mask."""
         arguments.check_float_tensor("z", z)
+        if lens is not None:
+            mask = self._layout.lens_mask(lens, z, mask)
+        if mask is not None:
+            z = self._layout.blank(mask, z)
         inside = z if self.project_in is None else self.project_in(z)
         inside = inside if inside.dtype == torch.float64 else inside.float()
         self._layout.check(inside, self._anchor)
-        if lens is not None:
-            mask = self._layout.lens_mask(lens, inside, mask)
-        if mask is not None:
-            arguments.check_mask(mask, self._layout.places(inside.shape), inside, False)
         return inside, self._layout.rows(inside), mask
 
     def _close(

@@ -105,7 +105,7 @@ class GroupedResidualVectorQuantizer(nn.Module):
             ValueError, TypeError: shape or dtype do not fit.
         """
         arguments.check_indices(indices)
-        if indices.dim() < 3 or indices.shape[-2] != self.groups:
+        if indices.dim() < (3 if self.channel_dim == 1 else 2) or indices.shape[-2] != self.groups:
             raise ValueError(f"indices has shape {arguments.shape_of(indices)}; expected (B, ..., {self.groups}, q)")
         parts = [self.group(g).codes_to_output(indices[..., g, :]) for g in range(self.groups)]
         return torch.cat(parts, 1 if self.channel_dim == 1 and parts[0].dim() > 2 else -1)

@@ -140,7 +140,11 @@ class LearnedCodebook(nn.Module):
         else:
             sums, counts = ops.codebook_sum(rows, indices, self.num_embeddings)
             found = [counts, sums.float()]
-            if weights is not None:
+            if weights is None and self._pooling:
+                found.append(
+                    counts
+                )  # micro-batches, and processes that saw nothing, with and without weights pool alike
+            elif weights is not None:
                 weight = weights.unsqueeze(-1).float()
                 sums, _ = ops.codebook_sum(torch.cat([rows * weight, weight], -1), indices, self.num_embeddings)
                 found = [counts, sums[..., :-1].float(), sums[..., -1].float()]

@@ -51,7 +51,11 @@ class Projection(nn.Linear):
         if x.dim() < 1 or x.shape[1 if first else -1] != self.in_features:
             wanted = f"(B, {self.in_features}, ...)" if self.channel_dim == 1 else f"(..., {self.in_features})"
             raise ValueError(f"z has shape {arguments.shape_of(x)}; expected {wanted}")
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.device != self.weight.device:
+            raise ValueError(f"z is on {x.device}, the projection on {self.weight.device}; expected one device")
+        # Autocast brings both to one dtype, but leaves float64 as it is.
+        cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, self.weight.dtype)
+        if x.dtype != self.weight.dtype and not cast:
             x = x.to(self.weight.dtype)
         return super().forward(x.movedim(1, -1)).movedim(-1, 1) if first else super().forward(x)
 

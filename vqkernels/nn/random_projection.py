@@ -96,6 +96,8 @@ class RandomProjectionQuantizer(nn.Module):
         if x.dim() < 1 or x.shape[-1] != self.dim:
             wanted = f"(B, {self.dim}, ...)" if self.channel_dim == 1 else f"(..., {self.dim})"
             raise ValueError(f"z has shape {arguments.shape_of(z)}; expected {wanted}")
+        if z.device != self.rand_projs.device:
+            raise ValueError(f"z is on {z.device}, the projection on {self.rand_projs.device}; expected one device")
         with torch.autocast(z.device.type, enabled=False):
             x = x.float()
             x = F.layer_norm(x, (self.dim,)) if self.norm else x

@@ -35,7 +35,7 @@ class IndexRemap(nn.Module):
 
     def __init__(self, used: Tensor, num_embeddings: int | None = None, *, unknown: str | int = "random") -> None:
         super().__init__()
-        arguments.check_indices(used)
+        arguments.check_indices(used, "used")
         if used.dim() != 1 or used.numel() == 0 or used.min() < 0 or torch.unique(used).numel() != used.numel():
             raise ValueError(f"used has shape {arguments.shape_of(used)}; expected (M,) different codes, none negative")
         size = int(used.max()) + 1

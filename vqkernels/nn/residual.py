@@ -202,11 +202,15 @@ class ResidualVectorQuantizer(nn.Module):
         """
         limit = check_levels(num_levels, self.num_levels)
         arguments.check_float_tensor("z", z)
+        if lens is not None:
+            mask = self._layout.lens_mask(lens, z, mask)
+        if mask is not None:  # the levels check it too, but only after the dropout's counter moved
+            arguments.check_mask(mask, self._layout.places(z.shape), z, False)
+            if self.project_in is not None or self.gradient == "rotation":
+                z = self._layout.blank(mask, z)
         inside = z if self.project_in is None else self.project_in(z)
         inside = inside if inside.dtype == torch.float64 else inside.float()
         self._layout.check(inside, self.level(0).codebook)
-        if lens is not None:
-            mask = self._layout.lens_mask(lens, inside, mask)
         keep = self._keep(inside, keep)
         last = limit
         if keep is not None and keep.dim() == 0 and not torch.compiler.is_compiling() and keep.device.type == "cpu":
@@ -262,7 +266,7 @@ class ResidualVectorQuantizer(nn.Module):
             ValueError, TypeError: shape or dtype do not fit.
         """
         arguments.check_indices(indices)
-        if indices.dim() < 2 or not 1 <= indices.shape[-1] <= self.num_levels:
+        if indices.dim() < (2 if self.channel_dim == 1 else 1) or not 1 <= indices.shape[-1] <= self.num_levels:
             raise ValueError(
                 f"indices has shape {arguments.shape_of(indices)}; expected (B, ..., q), q at most {self.num_levels}"
             )
@@ -277,9 +281,7 @@ class ResidualVectorQuantizer(nn.Module):
     def _keep(self, z: Tensor, keep: Tensor | None) -> Tensor | None:
         """How many levels to keep, () or (B,); ``None`` for all."""
         if keep is not None:
-            arguments.check_indices(keep)
-            if keep.dim() > 1 or (keep.dim() == 1 and keep.shape[0] != z.shape[0]):
-                raise ValueError(f"keep has shape {arguments.shape_of(keep)}; expected () or ({z.shape[0]},)")
+            self.check_keep(keep, z)
             return keep
         if self.dropout_step is None or not self.training:
             return None
@@ -288,16 +290,24 @@ class ResidualVectorQuantizer(nn.Module):
         else:
             step = self.dropout_step.clone()
             self.dropout_step.add_(1)
+        together = self.dropout == "batch" or not self._layout.places(z.shape)
         found = levels_to_keep(
             step,
-            1 if self.dropout == "batch" else z.shape[0],
+            1 if together else z.shape[0],
             levels=self.num_levels,
             least=self.dropout_least,
             multiple=self.dropout_multiple,
             share=self.dropout_share,
             seed=self.dropout_seed,
         )
-        return found[0] if self.dropout == "batch" else found
+        return found[0] if together else found
+
+    def check_keep(self, keep: Tensor, z: Tensor) -> None:
+        """``keep`` of a call is one number of levels, or one for each entry of the first dim of ``z``."""
+        arguments.check_indices(keep, "keep")
+        entries = tuple(self._layout.places(z.shape)[:1])
+        if tuple(keep.shape) not in ((), entries):
+            raise ValueError(f"keep has shape {arguments.shape_of(keep)}; expected () or {entries}")
 
     def _mask(self, mask: Tensor | None, keep: Tensor | None, level: int, z: Tensor) -> Tensor | None:
         """Positions of this level: those of ``mask`` in entries that keep it."""

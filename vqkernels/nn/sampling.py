@@ -47,7 +47,8 @@ def sample_codes(rows: Tensor, codes: Tensor, metric: str, temperature: float) -
     step = max(1, BLOCK_ELEMENTS // codes.shape[1])
     for head in range(h):
         for begin in range(0, b * s, step):
-            score = torch.addmm(-half[head], flat[head, begin : begin + step], values[head].T)
+            with torch.autocast(rows.device.type, enabled=False):
+                score = torch.addmm(-half[head], flat[head, begin : begin + step], values[head].T)
             score.mul_(factor / temperature).sub_(torch.empty_like(score).exponential_().log_())
             found[head, begin : begin + step] = score.argmax(-1)
     return found.view(h, b, s)

@@ -93,17 +93,21 @@ class SplitResidualVectorQuantizer(nn.Module):
             ValueError, TypeError: shapes, dtype or device do not fit.
         """
         levels = self._acoustic(num_levels)
-        first = self.semantic(z, mask, lens=lens)
+        arguments.check_float_tensor("z", z)
+        if keep is not None:
+            self.acoustic.check_keep(keep, z)
+        wide = z if z.dtype in (torch.float32, torch.float64) else z.float()  # the sum is rounded once
+        first = self.semantic(wide, mask, lens=lens)
         if levels:
-            rest = self.acoustic(z, mask, lens=lens, num_levels=levels, keep=keep)
+            rest = self.acoustic(wide, mask, lens=lens, num_levels=levels, keep=keep)
         else:
             skipped = first.codebook_loss.new_zeros(self.acoustic.num_levels)
             none = first.indices.new_full((*first.indices.shape[:-1], self.acoustic.num_levels), -1)
-            rest = ResidualVQOutput(torch.zeros_like(z), none, skipped.new_zeros(()), skipped, skipped)
+            rest = ResidualVQOutput(torch.zeros_like(wide), none, skipped.new_zeros(()), skipped, skipped)
         shares = (self.semantic_levels, self.acoustic.num_levels)
         weights = [n / self.num_levels if self.reduction == "mean" else 1.0 for n in shares]
         return ResidualVQOutput(
-            first.quantized + rest.quantized,
+            (first.quantized + rest.quantized).to(z.dtype),
             torch.cat([first.indices, rest.indices], -1),
             weights[0] * first.loss + weights[1] * rest.loss,
             torch.cat([first.codebook_loss, rest.codebook_loss]),
@@ -121,7 +125,13 @@ class SplitResidualVectorQuantizer(nn.Module):
             ValueError, TypeError: shape or dtype do not fit.
         """
         arguments.check_indices(indices)
-        levels = self._acoustic(indices.shape[-1] if indices.dim() else 0)
+        least = 2 if self.channel_dim == 1 else 1
+        if indices.dim() < least or not self.semantic_levels <= indices.shape[-1] <= self.num_levels:
+            raise ValueError(
+                f"indices has shape {arguments.shape_of(indices)}; expected (B, ..., q), q from {self.semantic_levels} "
+                f"to {self.num_levels}"
+            )
+        levels = indices.shape[-1] - self.semantic_levels
         out = self.semantic.codes_to_output(indices[..., : self.semantic_levels])
         return out if levels == 0 else out + self.acoustic.codes_to_output(indices[..., self.semantic_levels :])
 

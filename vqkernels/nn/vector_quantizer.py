@@ -227,10 +227,15 @@ class VectorQuantizer(LearnedCodebook):
         Raises:
             ValueError, TypeError: shapes, dtype or device do not fit.
         """
-        inside = self._inside(z)
+        arguments.check_float_tensor("z", z)
         if lens is not None:
-            mask = self._layout.lens_mask(lens, inside, mask)
+            mask = self._layout.lens_mask(lens, z, mask)
+        if mask is not None and (self.project_in is not None or self.normalize):
+            z = self._layout.blank(mask, z)
+        inside = self._inside(z)
         rows, valid = self._rows(inside, mask)
+        row_weights = None if weights is None else self._layout.weights(weights, inside, rows)
+        steps = None if code_weights is None else self._code_weights(code_weights)
         learning = self.training and not self.frozen and not in_backward()
         if learning and self._waiting:
             self._start(rows, valid)
@@ -260,14 +265,10 @@ class VectorQuantizer(LearnedCodebook):
             with torch.no_grad():
                 found = rows.detach() if self.affine is None else self.affine.inverse(rows.detach())
                 counted = torch.where(self._finite(rows, out.score, chosen), out.indices, -1)
-                self._learn(
-                    found,
-                    counted,
-                    None if weights is None else self._layout.weights(weights, inside, rows),
-                    None if code_weights is None else code_weights.expand(self.heads, self.num_embeddings).float(),
-                    masked=valid is not None,
-                )
+                self._learn(found, counted, row_weights, steps, masked=valid is not None)
         loss = self._loss(out.codebook_loss, out.commitment_loss)
+        if self.orthogonal_weight > 0:
+            loss = loss + self.orthogonal_weight * orthogonality(given)
         if self.training and (self.sample_entropy_weight > 0 or self.batch_entropy_weight > 0):
             sample, batch = soft_usage(rows, codes, self.metric, self.entropy_temperature, valid)
             loss = loss + self.sample_entropy_weight * sample - self.batch_entropy_weight * batch
@@ -280,12 +281,8 @@ class VectorQuantizer(LearnedCodebook):
         if self.decay is not None:
             return self.commitment_cost * commitment_loss
         if self.legacy:
-            loss = torch.add(commitment_loss, codebook_loss, alpha=self.commitment_cost)
-        else:
-            loss = torch.add(codebook_loss, commitment_loss, alpha=self.commitment_cost)
-        if self.orthogonal_weight > 0:
-            loss = loss + self.orthogonal_weight * orthogonality(self.codebook)
-        return loss
+            return torch.add(commitment_loss, codebook_loss, alpha=self.commitment_cost)
+        return torch.add(codebook_loss, commitment_loss, alpha=self.commitment_cost)
 
     def _inside(self, z: Tensor) -> Tensor:
         """What is quantized: ``z``, or its projection in float32."""
@@ -326,6 +323,22 @@ class VectorQuantizer(LearnedCodebook):
         self._layout.check(z, self.codebook)
         rows = self._layout.rows(z)
         return rows, None if mask is None else self._layout.mask(mask, z, rows)
+
+    def _code_weights(self, code_weights: Tensor) -> Tensor:
+        """Checked weights of codes as (H, K) float32."""
+        arguments.check_float_tensor("code_weights", code_weights)
+        each, all_heads = (self.num_embeddings,), (self.heads, self.num_embeddings)
+        if tuple(code_weights.shape) not in (each, all_heads):
+            raise ValueError(
+                f"code_weights has shape {arguments.shape_of(code_weights)}; expected {each} or {all_heads}"
+            )
+        if code_weights.device != self.codebook.device:
+            raise ValueError(
+                f"code_weights is on {code_weights.device}, the codebook on {self.codebook.device}; expected one device"
+            )
+        if self._pooling:
+            raise ValueError("code_weights is given inside accumulating(), which makes one update; expected None")
+        return code_weights.detach().expand(all_heads).float()
 
     def _unit(self, codes: Tensor) -> Tensor:
         """The codes that are output; an EMA codebook holds unit vectors already."""
