@@ -76,6 +76,7 @@ template <class V, bool measured>
 __global__ void __launch_bounds__(tile_threads)
     quantize_output(vqk_rows z, vqk_codes codebook, const int64_t *indices, const float *distance, vqk_rows out, Units how,
                     Part *parts, Results results) {
+  start_kernel();
   OutputShared<V> &shared = shared_memory<OutputShared<V>>();
   const int64_t rows = out.size[1] * out.size[2], D = out.size[3];
   const uint32_t per_head = static_cast<uint32_t>((rows + tile - 1) / tile);
@@ -140,6 +141,7 @@ struct FinishShared {
 
 // All parts by one block: those of a thread in order, then threads in a tree.
 __global__ void __launch_bounds__(tile_threads) finish_output(const Part *parts, int64_t count, int64_t D, Results results) {
+  start_kernel();
   FinishShared &shared = shared_memory<FinishShared>();
   Part part = Part::none();
   for (int64_t i = threadIdx.x; i < count; i += tile_threads) part = Part::both(part, parts[i]);
