@@ -98,10 +98,11 @@ VQK_API int32_t vqk_cpu_ema_update(float *cluster_size, float *embed_avg, float 
 VQK_API int32_t vqk_cpu_quantize_grad(const vqk_rows *grad, const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
                                       double commitment, int32_t gradient, const vqk_rows *out);
 
-// quantize_output: out as lookup's, the mean squared difference twice and its weight (see ops/quantize_output). distance: contiguous
-// (H, B, S); null: z is read, which may be null otherwise. Losses are float64 for float64 out, else float32.
-VQK_API int32_t vqk_cpu_quantize_output(const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices, const float *distance,
-                                        const vqk_rows *out, void *codebook_loss, void *commitment_loss, double *weight);
+// quantize_output: out as lookup's, the mean squared difference twice and its weight (see ops/quantize_output). distance:
+// contiguous (H, B, S); null: z is read, which may be null otherwise. Losses are float64 for float64 out, else float32.
+VQK_API int32_t vqk_cpu_quantize_output(const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
+                                        const float *distance, const vqk_rows *out, void *codebook_loss, void *commitment_loss,
+                                        double *weight);
 
 // libvqk_cuda<major>. Pointers are the device's, `device` is its ordinal and `stream` a cudaStream_t: work is queued, nothing
 // waits for it, and nothing is allocated, so that calls can be captured in a CUDA graph. Indices outside of [-1, K) count
