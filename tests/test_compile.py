@@ -173,6 +173,14 @@ def test_checkpointed_block_compiles() -> None:
 
 @pytest.mark.parametrize("options", [OPTIONS["gradient"], OPTIONS["cosine"], OPTIONS["heads"]], ids=str)
 @pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_quantizer_itself(options: dict[str, Any], strict: bool) -> None:
+    vq = VectorQuantizer(16, 8, **options).eval()
+    z = torch.randn(2, 8 * vq.heads, 5)
+    assert_same(list(torch.export.export(vq, (z,), strict=strict).module()(z)), list(vq(z)))
+
+
+@pytest.mark.parametrize("options", [OPTIONS["gradient"], OPTIONS["cosine"], OPTIONS["heads"]], ids=str)
+@pytest.mark.parametrize("strict", [False, True])
 def test_export_with_a_dynamic_batch(options: dict[str, Any], strict: bool) -> None:
     torch.manual_seed(0)
     model = Model(**options).eval()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 from torch.nn import functional as F
 
 import vqkernels
 from vqkernels import VQOutput, codebook_sum, lookup, nearest, vector_quantize
+from vqkernels.functional import lookup_rows
 
 METRICS = ["l2", "cosine", "dot"]
 GRADIENTS = ["straight_through", "rotation", "none"]
@@ -262,6 +265,34 @@ def test_second_order_gradients_raise_instead_of_being_wrong() -> None:
     (dz,) = torch.autograd.grad(out.loss + out.quantized.square().sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="second-order gradients"):
         dz.sum().backward()
+
+
+@pytest.mark.parametrize("call", [lambda t: vector_quantize(t, C).loss, lambda t: lookup(t, torch.tensor([1, 0]))])
+def test_forward_mode_gradients_raise_instead_of_being_zero(call: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(call, (X,), (X,))
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError):
+            call(forward_ad.make_dual(X, X))
+        call(X.clone().requires_grad_()).sum().backward()
+
+
+def test_results_may_be_written_into() -> None:
+    """As a decoder does that begins with an in-place operation."""
+    found = []
+    for write in (False, True):
+        torch.manual_seed(3)
+        z, codes = torch.randn(2, 3, 7, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+        rows = z.movedim(1, -1)
+        for values in (
+            vector_quantize(rows, codes).quantized,
+            lookup_rows(codes[None], rows[None, ..., 0].long(), True),
+        ):
+            (values.relu_() if write else values.relu()).sum().backward(retain_graph=True)
+        found.append((z.grad, codes.grad))
+    assert found[0][1].any()
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_lookup_gathers_and_sums_its_gradient() -> None:

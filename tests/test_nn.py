@@ -270,6 +270,25 @@ def test_half_precision_models_keep_a_float32_codebook(dtype: torch.dtype, optio
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_float64_modules_train_and_come_back(options: dict[str, Any]) -> None:
+    vq = VectorQuantizer(K, D, **options).double()
+    for dtype in (torch.float64, torch.float32):
+        vq(batch(vq, 20, dtype=dtype))
+    assert vq.half().codebook.dtype == torch.float32
+    vq(batch(vq, 20, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 2}, {"gradient": "softmax"}, {"input_dim": 6}], ids=str)
+def test_an_output_may_be_written_into(options: dict[str, Any]) -> None:
+    """As a decoder does that begins with an in-place operation."""
+    vq = VectorQuantizer(K, D, init="normal", **options)
+    z = torch.randn(2, options.get("input_dim", D * vq.heads), 5, requires_grad=True)
+    (want,) = torch.autograd.grad(vq(z).quantized.relu().sum(), z)
+    (got,) = torch.autograd.grad(vq(z).quantized.relu_().sum(), z)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(options: dict[str, Any], reentrant: bool) -> None:
     plain = VectorQuantizer(K, D, **options)

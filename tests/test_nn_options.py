@@ -403,6 +403,17 @@ def test_softmax_gradient_of_a_quantizer_moves_all_codes(options: dict[str, Any]
         assert torch.equal(vq.eval()(z).indices, vq(z).indices)
 
 
+@pytest.mark.parametrize("options", [{"gradient": "softmax"}, {"sample_entropy_weight": 0.1}], ids=str)
+def test_backward_under_autocast_is_float32(options: dict[str, Any]) -> None:
+    vq, z = VectorQuantizer(K, D, init="normal", **options), torch.randn(30, D, requires_grad=True)
+    out = vq(z)
+    loss = out.loss + out.quantized.square().sum()
+    (want,) = torch.autograd.grad(loss, z, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = torch.autograd.grad(loss, z)
+    assert torch.equal(got, want)
+
+
 def test_softmax_gradient_of_rows_that_do_not_count() -> None:
     vq = VectorQuantizer(K, D, metric="dot", gradient="softmax", init="normal", channel_dim=-1)
     z = torch.randn(4, D, requires_grad=True)

@@ -182,11 +182,12 @@ def test_truncated_images_are_skipped_with_the_reason(model: str, photographs: s
     (folder / "001.png").write_bytes((Path(photographs) / "000.png").read_bytes()[:300])
     Image.new("RGB", (3, 500)).save(folder / "thin.png")
     (folder / "text.jpg").write_text("no image")
+    (folder / "link.png").symlink_to(tmp_path / "nothing")
     manifest = tokenize(TokenizeConfig(model, str(folder), str(tmp_path / "t")), say=quiet)
     assert manifest is not None
     assert manifest["images_done"] == 2
     reasons = dict(manifest["skipped"])
-    assert sorted(reasons) == ["001.png", "text.jpg", "thin.png"]
+    assert sorted(reasons) == ["001.png", "link.png", "text.jpg", "thin.png"]
     assert "3 x 500 pixels" in reasons["thin.png"]
     shard = read_shard(tmp_path / "t" / manifest["shards"][0]["file"])
     assert [image.name for image in shard.images] == ["000.png", "002.png"]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vqkernels import _arguments as arguments
 from vqkernels import dispatch, ops
@@ -264,6 +265,8 @@ def quantize_rows(
         quantized, codebook_loss, commitment_loss = _apply(_Quantize, *given, gradient)
     else:
         quantized, codebook_loss, commitment_loss, _ = _output(*given)
+    # Outside of the Function: torch lets nobody write into a view that one of several results of a Function is.
+    quantized = quantized.transpose(-1, -2) if arguments.is_channel_first(z) else quantized
     return Quantized(quantized, indices, score, codebook_loss, commitment_loss)
 
 
@@ -272,7 +275,16 @@ def _detached(x: Tensor) -> Tensor:
 
 
 def _wanted(*tensors: Tensor) -> bool:
-    """Whether a gradient is asked for; a call of an ``autograd.Function`` is not free where it is not."""
+    """Whether a gradient is asked for; a call of an ``autograd.Function`` is not free where it is not.
+
+    Forward-mode gradients count too: the Function says that it has none, where an op would pass on zeros.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and forward_ad._current_level >= 0
+        and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
+    ):
+        return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -284,12 +296,10 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 def _output(
     z: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor | None, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``quantize_output`` with the values laid out in memory like ``z``."""
-    channel_first = arguments.is_channel_first(z)
-    quantized, codebook_loss, commitment_loss, weight = ops.quantize_output(
-        z, codebook, indices, distance, masked, channel_first
-    )
-    return quantized.transpose(-1, -2) if channel_first else quantized, codebook_loss, commitment_loss, weight
+    """``quantize_output`` with the values laid out in memory like ``z``: (H, B, D, S) if that is channel-first."""
+    results: tuple[Tensor, Tensor, Tensor, Tensor]
+    results = ops.quantize_output(z, codebook, indices, distance, masked, arguments.is_channel_first(z))
+    return results
 
 
 class _Quantize(torch.autograd.Function):
@@ -321,6 +331,8 @@ class _Quantize(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         z, codebook, indices, weight = ctx.saved_tensors
         dz = de = None
+        if grad is not None and ctx.channel_first:
+            grad = grad.transpose(-1, -2)
         with torch.no_grad():
             if ctx.needs_input_grad[0]:
                 # No gradient from the output is one that does not reach z; any tensor stands in for what is not read.
@@ -345,17 +357,19 @@ class _Quantize(torch.autograd.Function):
 
 
 class _Lookup(torch.autograd.Function):
-    """Gather; backward is ``codebook_sum``."""
+    """Gather, in memory as asked for; backward is ``codebook_sum``."""
 
     @staticmethod
     def forward(ctx: Any, codebook: Tensor, indices: Tensor, channel_first: bool) -> Tensor:
         ctx.save_for_backward(indices)
-        ctx.num_codes, ctx.dtype = codebook.shape[1], codebook.dtype
-        return _gather(codebook, indices, channel_first, codebook.dtype)
+        ctx.num_codes, ctx.dtype, ctx.channel_first = codebook.shape[1], codebook.dtype, channel_first
+        values: Tensor = ops.lookup(codebook, indices, channel_first, codebook.dtype)
+        return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (indices,) = ctx.saved_tensors
+        grad = grad.transpose(-1, -2) if ctx.channel_first else grad
         with torch.no_grad():
             de = ops.codebook_sum(grad, indices, ctx.num_codes)[0].to(ctx.dtype)
         return _apply(_Once, de, grad) if torch.is_grad_enabled() else de, None, None
@@ -375,15 +389,10 @@ class _Once(torch.autograd.Function):
 
 def lookup_rows(codebook: Tensor, indices: Tensor, channel_first: bool) -> Tensor:
     """:func:`lookup` on the canonical shapes: (H, K, D) and (H, B, S) to (H, B, S, D), laid out as asked."""
-    if not _wanted(codebook):
-        return _gather(codebook, indices, channel_first, codebook.dtype)
-    values: Tensor = _apply(_Lookup, codebook, indices, channel_first)
-    return values
-
-
-def _gather(codebook: Tensor, indices: Tensor, channel_first: bool, dtype: torch.dtype) -> Tensor:
-    """Codes as (H, B, S, D), in memory (H, B, D, S) if ``channel_first``."""
-    values: Tensor = ops.lookup(codebook, indices, channel_first, dtype)
+    if _wanted(codebook):
+        values: Tensor = _apply(_Lookup, codebook, indices, channel_first)
+    else:
+        values = ops.lookup(codebook, indices, channel_first, codebook.dtype)
     return values.transpose(-1, -2) if channel_first else values
 
 

@@ -290,3 +290,12 @@ def test_what_crashes_upstream_crashes_with_the_same_error() -> None:
             with pytest.raises((ValueError, RuntimeError, IndexError)) as found:
                 model(x, **call)
             assert "vqkernels" not in str(found.value)
+
+
+def test_codes_that_no_loss_reaches_have_no_gradient() -> None:
+    """A gradient of zeros would let weight decay move them."""
+    vq = VQ(dim=8, codebook_size=16, commitment_weight=0.0, learnable_codebook=True, ema_update=False)
+    vqkernels.patch(vq, strict=True)
+    quantized, _, loss = vq(torch.randn(3, 11, 8, requires_grad=True))
+    (quantized.sum() + loss.sum()).backward()
+    assert vq._codebook.embed.grad is None

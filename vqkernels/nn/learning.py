@@ -63,10 +63,15 @@ class LearnedCodebook(nn.Module):
         counts = torch.zeros((*lead, self.num_embeddings), dtype=torch.int64, device=device)
         self.register_buffer("code_counts", counts)
         tracked = self.decay is not None or self.dead_code_ratio > 0
-        self.register_buffer("cluster_size", torch.ones_like(counts, dtype=torch.float32) if tracked else None)
-        self.register_buffer("embed_avg", torch.empty_like(codes) if self.decay is not None else None)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
+        buffers = {
+            "cluster_size": torch.ones_like(counts, dtype=torch.float32) if tracked else None,
+            "embed_avg": torch.empty_like(codes) if self.decay is not None else None,
+            "steps": torch.zeros((), dtype=torch.int64, device=device),
+            "initialized": torch.zeros((), dtype=torch.bool, device=device),
+        }
+        # Those that are None come last: torch.export (2.13, not strict) counts them where it numbers the others.
+        for name, buffer in sorted(buffers.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, buffer)
         self._waiting = False
 
     def _as_codes(self, x: Tensor) -> Tensor:
@@ -184,7 +189,7 @@ class LearnedCodebook(nn.Module):
     ) -> None:
         """One step of the moving averages."""
         if self.decay is None or average is None:
-            size.lerp_(found[0], 1 - self.usage_decay)
+            size.lerp_(found[0].to(size.dtype), 1 - self.usage_decay)
             return
         counts, sums = found[2 if self._additive == 3 else 0], found[1]
         if code_weights is not None:
@@ -279,7 +284,7 @@ class LearnedCodebook(nn.Module):
         def keep(t: Tensor) -> Tensor:
             out = fn(t)
             loses = out.dtype in (torch.float16, torch.bfloat16) or (ema and out.dtype != torch.float32)
-            return t.to(out.device) if t.dtype == torch.float32 and loses else out
+            return t.to(out.device, torch.float32) if t.dtype in (torch.float32, torch.float64) and loses else out
 
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         return self

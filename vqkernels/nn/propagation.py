@@ -67,25 +67,27 @@ class _Propagate(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scored, codes, indices, usable)
         ctx.squared, ctx.temperature = squared, temperature
-        return lookup_rows(codes, indices.unsqueeze(1), False).squeeze(1)
+        return lookup_rows(codes, indices.unsqueeze(1), False)  # (H, 1, N, D): a view could not be written into
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, scored, codes, indices, usable = ctx.saved_tensors
+        grad = grad.squeeze(1)
         dx, ds = torch.zeros_like(x), torch.zeros_like(scored)
         factor = (2.0 if ctx.squared else 1.0) / ctx.temperature
         g = torch.where(usable.unsqueeze(-1), grad.to(x.dtype), 0.0)
         values = codes.to(x.dtype)
-        for head, block in blocks(x, scored):
-            _, p, _ = softmax_of_scores(x[head, block], scored[head], ctx.squared, ctx.temperature)
-            # Of a row's logits: p (u - p.u), where u is what its gradient says of every code.
-            u = g[head, block] @ values[head].T
-            t = p.mul_(u.sub_((p * u).sum(1, keepdim=True)))
-            dx[head, block] = factor * (t @ scored[head])
-            ds[head] += factor * (t.T @ x[head, block])
-            if ctx.squared:
-                ds[head] -= factor * t.sum(0).unsqueeze(1) * scored[head]
+        with torch.autocast(x.device.type, enabled=False):  # backward may be called inside of it
+            for head, block in blocks(x, scored):
+                _, p, _ = softmax_of_scores(x[head, block], scored[head], ctx.squared, ctx.temperature)
+                # Of a row's logits: p (u - p.u), where u is what its gradient says of every code.
+                u = g[head, block] @ values[head].T
+                t = p.mul_(u.sub_((p * u).sum(1, keepdim=True)))
+                dx[head, block] = factor * (t @ scored[head])
+                ds[head] += factor * (t.T @ x[head, block])
+                if ctx.squared:
+                    ds[head] -= factor * t.sum(0).unsqueeze(1) * scored[head]
         de = None
         if ctx.needs_input_grad[2]:
             de = ops.codebook_sum(grad.unsqueeze(1), indices.unsqueeze(1), codes.shape[1])[0].to(codes.dtype)

@@ -290,7 +290,7 @@ class ResidualVectorQuantizer(nn.Module):
         else:
             step = self.dropout_step.clone()
             self.dropout_step.add_(1)
-        together = self.dropout == "batch" or not self._layout.places(z.shape)
+        together = self.dropout == "batch" or len(self._layout.places(z.shape)) == 0
         found = levels_to_keep(
             step,
             1 if together else z.shape[0],

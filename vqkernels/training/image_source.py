@@ -98,9 +98,17 @@ def _folder(root: Path, size: int | None) -> ImageSource:
         raise TrainingError(f"{root} has no images (looked for {', '.join(sorted(data.SUFFIXES))})")
     return ImageSource(
         f"{len(names)} images in {root}", names,
-        _fingerprint([(n, p.stat().st_size) for n, p in zip(names, paths, strict=True)]),
+        _fingerprint([(n, _size(p)) for n, p in zip(names, paths, strict=True)]),
         lambda i: data.decode_image(paths[i], 1, size), tuple(skipped),
     )  # fmt: skip
+
+
+def _size(path: Path) -> int:
+    """In bytes; -1 for a broken link, which is skipped where it is to be decoded."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 class ImageTable:

@@ -117,7 +117,11 @@ class VectorQuantizeAdapter(Adapter):
             and not (self.commitment_use_cross_entropy_loss and self.has_commitment_loss)
             and self.sync_update_v == 0.0
             and self.in_place_codebook_optimizer is None
-            and (not self.learnable_codebook or (x.requires_grad and self.route_gradients_to_input and not freeze))
+            # Without a commitment loss nothing reaches the codes, and an optimizer must see None, not zeros.
+            and (
+                not self.learnable_codebook
+                or (self.has_commitment_loss and x.requires_grad and self.route_gradients_to_input and not freeze)
+            )
             and not codebook.draws_at_random(temperature)
             and not codebook._forward_hooks
             and not codebook._forward_pre_hooks
