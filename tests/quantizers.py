@@ -34,6 +34,10 @@ def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def close(a: Tensor, b: Tensor, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
 def batch(vq: VectorQuantizer, *places: int, **kwargs: Any) -> Tensor:
     channels = vq.heads * vq.embedding_dim
     shape = (places[0], channels, *places[1:]) if vq.channel_dim == 1 else (*places, channels)

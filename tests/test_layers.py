@@ -28,7 +28,7 @@ LAYERS = (
     ("vqkernels.convert", "vqkernels.patch", "vqkernels.recognisers"),
     ("vqkernels.nn", "vqkernels.distributed"),
     ("vqkernels.testing",),
-    ("vqkernels.functional", "vqkernels.levels"),
+    ("vqkernels.functional", "vqkernels.levels", "vqkernels.explanation"),
     ("vqkernels._arguments",),
     ("vqkernels.info",),
     ("vqkernels.ops",),

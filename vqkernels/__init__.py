@@ -2,7 +2,8 @@
 
 from vqkernels.convert import convert
 from vqkernels.dispatch import Unsupported, use_backend
-from vqkernels.functional import VQOutput, codebook_sum, explain, lookup, nearest, vector_quantize
+from vqkernels.explanation import explain
+from vqkernels.functional import VQOutput, codebook_sum, lookup, nearest, vector_quantize
 from vqkernels.info import info
 from vqkernels.levels import ResidualNearest, residual_nearest
 from vqkernels.nn import (

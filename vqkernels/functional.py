@@ -19,7 +19,6 @@ __all__ = [
     "Quantized",
     "VQOutput",
     "codebook_sum",
-    "explain",
     "lookup",
     "nearest",
     "quantize_rows",
@@ -406,48 +405,3 @@ def _positions(indices: Tensor, like: Tensor, heads: bool, num_heads: int | None
             f"indices has shape {arguments.shape_of(indices)}; expected (H, ...) with H = {num_heads} heads"
         )
     return arguments.to_positions(indices.long(), heads)
-
-
-def explain(op: str, *args: Any, backend: str = "auto", **options: Any) -> str:
-    """Which backend runs a call, and why not the others, one line each.
-
-    Args:
-        op: ``"nearest"``, ``"residual_nearest"``, ``"lookup"``, ``"codebook_sum"``, ``"ema_update"``,
-            ``"quantize_grad"`` or ``"quantize_output"``.
-        *args: what you would pass to the public function of that name (the op itself for the last three).
-        backend: as in :func:`nearest`.
-        **options: keyword arguments of the function, such as ``metric``.
-
-    Raises:
-        ValueError: there is no such op.
-
-    Example:
-        >>> import torch, vqkernels
-        >>> print(vqkernels.explain("nearest", torch.zeros(4, 8), torch.zeros(16, 8), backend="reference"))
-        ... # doctest: +ELLIPSIS
-        nearest on cpu: reference
-        ...
-    """
-    if op not in dispatch.OPS:
-        raise ValueError(f"op is {op!r}; expected one of {', '.join(map(repr, dispatch.OPS))}")
-    schema = getattr(torch.ops.vqkernels, op).default._schema.arguments[:-1]
-    names = [a.name for a in schema]
-    given = dict(zip(names, args, strict=False)) | options
-    if unknown := [n for n in given if n not in names]:
-        raise ValueError(f"{op} has no argument {unknown[0]!r}; it has {', '.join(names)}")
-    if op == "nearest" and len(args) >= 2:
-        heads = given["codebook"].dim() == 3
-        given["x"] = arguments.to_rows(given["x"], heads)
-        given["codebook"] = arguments.to_codes(given["codebook"])
-    elif op == "residual_nearest" and len(args) >= 2:
-        given["x"] = arguments.to_rows(given["x"], False)
-        given["codebooks"] = [arguments.to_codes(codebook) for codebook in given["codebooks"]]
-    elif op == "lookup" and len(args) >= 2:
-        heads = given["codebook"].dim() == 3
-        given["indices"] = arguments.to_positions(given["indices"], heads)
-        given["codebook"] = arguments.to_codes(given["codebook"])
-    elif op == "codebook_sum" and len(args) >= 2:
-        given["indices"] = arguments.to_positions(given["indices"], False)
-        given["x"] = arguments.to_rows(given["x"], False)
-    full = tuple(given.get(a.name, a.default_value) for a in schema)
-    return dispatch.explain(op, full, backend)
