@@ -22,9 +22,10 @@ if os.environ.get("VQKERNELS_REQUIRE_NATIVE") == "1" and (_reason := _native.una
 
 
 def keep_bytecode() -> None:
-    """Where Python shall write none, it goes to a folder of its own: some hundred processes import torch and more.
+    """Where Python shall write none, it goes to a folder of its own.
 
-    Without it each of them compiles their sources anew, twice as long as most of what is tested in them takes.
+    Tests start many processes that import torch and more: each would compile the sources of all that anew, which takes
+    longer than most of what is tested there.
     """
     if sys.dont_write_bytecode:
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

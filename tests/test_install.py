@@ -116,7 +116,9 @@ def test_broken_compiler_still_installs_and_says_so(pure: Environment) -> None:
 @pytest.mark.slow
 def test_pure_install_passes_the_reference_tests(pure: Environment) -> None:
     tests = [ROOT / "tests" / "ops" / f"test_{op}.py" for op in ("nearest", "lookup", "codebook_sum", "ema_update")]
-    flags = ("-q", "-p", "no:cacheprovider", "-m", "not slow", "-c", ROOT / "pyproject.toml")
+    # What is about torch.compile, and many random shapes, is no matter of how the package was installed.
+    chosen = ("-m", "not slow", "-k", "not opcheck and not any_shape")
+    flags = ("-q", "-p", "no:cacheprovider", *chosen, "-c", ROOT / "pyproject.toml")
     kept = {"PYTHONPYCACHEPREFIX": sys.pycache_prefix or ""}  # bytecode is where this process has it
     done = run(pure.python, "-m", "pytest", *flags, *tests, cwd=pure.folder, **kept)
     closing = done.stdout.splitlines()[-1]

@@ -32,7 +32,9 @@ SEEDS = (0, 3 * ROUND + 1, 3 * ROUND + 2, 3 * ROUND + 3)
 @functools.cache
 def build() -> Path:
     """The folder with ``libvqk_cuda_host.so`` and ``vqk_portable_selftest``, up to date."""
-    return cmake("csrc", "cuda_host", ["-DVQK_CUDA_HOST=ON"], ["vqk_cuda_host", "vqk_portable_selftest"])
+    # Every look at threadIdx reads thread-local storage: without a call for its address they take a fifth less time.
+    flags = ["-DVQK_CUDA_HOST=ON", "-DCMAKE_CXX_FLAGS=-ftls-model=initial-exec"]
+    return cmake("csrc", "cuda_host", flags, ["vqk_cuda_host", "vqk_portable_selftest"])
 
 
 @functools.cache

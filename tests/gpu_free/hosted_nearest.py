@@ -190,10 +190,12 @@ def test_blocks_with_99_kilobytes_are_enough(dim: int, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("screen", ORDERS[:2] + ORDERS[-1:], ids=order_name, indirect=True)
 def test_slices_of_a_scan_are_merged(screen: int) -> None:
     # More than 4096 codes: a scanned row is split over blocks.
-    x, codes = torch.randn(3, 2), torch.randn(4500, 2)
+    x, codes = torch.randn(4, 2), torch.randn(4500, 2)
     x[0, 0] = float("inf")
     x[1] = 3e38
-    codes[[17, 4499]] = x[2].clone()
+    codes[[17, 4498]] = x[2].clone()
+    # The last slice has the nearest of a row that a direct search scans.
+    codes[4499] = x[3]
     for metric in ("l2", "dot"):
         check(x, codes, metric)
 
