@@ -247,6 +247,14 @@ def test_affine_codes_are_those_of_vector_quantize_pytorch(learnable: bool) -> N
     close(ours.codes_to_output(evaluated.indices), evaluated.quantized)
 
 
+def test_affine_codes_follow_rows_far_from_zero() -> None:
+    vq = VectorQuantizer(K, D, decay=0.9, affine=True, channel_dim=-1)
+    z = torch.randn(4096, D) + 1000
+    vq(z)
+    assert vq.affine is not None
+    close(vq.affine.batch_variance[0, 0], z.double().var(0, unbiased=False).float(), rtol=1e-3)
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 def test_orthogonality_is_the_mean_squared_cosine(heads: int) -> None:
     codes = torch.randn(heads, 70, D, dtype=torch.float64, requires_grad=True)

@@ -81,13 +81,14 @@ class AffineCodes(nn.Module):
         usable = rows.isfinite().all(-1)
         usable = usable if valid is None else usable & valid
         kept = torch.where(usable.unsqueeze(-1), rows.float(), 0.0)
-        total, first, second = all_reduce(
-            [usable.sum((1, 2)).float(), kept.sum((1, 2)), kept.square().sum((1, 2))], self.sync
-        )
+        # In float64: far from 0, mean and mean square agree in most digits.
+        sums = [values.sum((1, 2), dtype=torch.float64) for values in (usable, kept, kept.square())]
+        total, first, second = all_reduce(sums, self.sync)
         count = total.clamp(min=1.0).unsqueeze(-1)
         mean = first / count
+        variance = (second / count - mean.square()).clamp(min=0.0)
         found = {
-            "batch": (mean.unsqueeze(1), (second / count - mean.square()).clamp(min=0.0).unsqueeze(1)),
+            "batch": (mean.float().unsqueeze(1), variance.float().unsqueeze(1)),
             "codebook": (codes.mean(1, keepdim=True), codes.var(1, unbiased=False, keepdim=True)),
         }
         seen = total.sum() > 0
