@@ -29,8 +29,11 @@ ALL = {
     "90a": {"hosted_selftest": "not diagnosis_names_the_block"},
 }
 # And what reaches every kernel, each width and number of panels: a few small tests of all, of the screens on odd sizes,
-# rows that no screen decides and layouts alone.
-SCREENS = "every_row or biases_alone or nan_and_infinity or too_many_candidates or bits_of_the_reference or multiplies"
+# more tiles than a ring of buffers holds, rows that no screen decides and layouts alone.
+SCREENS = (
+    "every_row or (chunks_of_rows and 100-1) or biases_alone or nan_and_infinity or too_many_candidates or "
+    "bits_of_the_reference or multiplies"
+)
 OTHERS = "long_rows or 99_kilobytes or gathers or survives or bits_of_the_cpu"
 CHOSEN = {"80": f"({SCREENS} or {OTHERS}) and not sm90", "90a": f"({SCREENS}) and sm90"}
 

@@ -202,6 +202,49 @@ PROGRAMS = {
         (("ld.shared.b32 %r8, ..r3.; bar.sync 0;", "bar.sync 0; ld.shared.b32 %r8, [%r3];"), (WAIT, ""),
          ("@!%p1 bra end;", "@!%p1 st.shared.b32 [%r3], 7; @!%p1 bra end;")),
     ),
+    "stage": Program(
+        """
+        @%p0 mbarrier.init.shared.b64 [%r2+2048], 1; @%p0 mbarrier.init.shared.b64 [%r2+2056], 32;
+        @%p0 fence.mbarrier_init.release.cluster; bar.sync 0;
+        mov.u32 %r9, 0;
+        @!%p1 bra consume;
+        @!%p0 bra end;
+    produce:
+        setp.eq.u32 %p3, %r9, 0; @%p3 bra fill;
+        sub.u32 %r10, %r9, 1; and.b32 %r10, %r10, 1;
+    empty:
+        mbarrier.try_wait.parity.shared.b64 %p2, [%r2+2056], %r10; @!%p2 bra empty;
+    fill:
+        mbarrier.arrive.expect_tx.shared.b64 %rd3, [%r2+2048], 128;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%in], 128, [%r2+2048];
+        add.u32 %r9, %r9, 1; setp.lt.u32 %p3, %r9, 3; @%p3 bra produce;
+        bra end;
+    consume:
+        and.b32 %r10, %r9, 1;
+    full:
+        mbarrier.try_wait.parity.shared.b64 %p2, [%r2+2048], %r10; @!%p2 bra full;
+        ld.shared.b32 %r8, [%r5]; mbarrier.arrive.shared.b64 %rd3, [%r2+2056];
+        add.u32 %r9, %r9, 1; setp.lt.u32 %p3, %r9, 3; @%p3 bra consume;
+    end:
+        """,
+        # The stage is freed too early.
+        ((r"(ld.shared.b32 %r8, ..r5.;) (mb[^;]*;)", r"\2 \1"),),
+    ),
+    "one frees for its warp": Program(
+        """
+        @%p0 mbarrier.init.shared.b64 [%r2+2048], 1; bar.sync 0;
+        @!%p1 bra other;
+        ld.shared.b32 %r8, [%r3]; bar.warp.sync 0xffffffff;
+        @%p0 mbarrier.arrive.shared.b64 %rd3, [%r2+2048];
+        bra end;
+    other:
+    again:
+        mbarrier.try_wait.parity.shared.b64 %p2, [%r2+2048], 0; @!%p2 bra again;
+        st.shared.b32 [%r5], 7;
+    end:
+        """,
+        (("bar.warp.sync 0xffffffff;", ""), (WAIT, "")),
+    ),
     "bulk store": Program(
         """
         st.shared.b32 [%r3], %r0; fence.proxy.async.shared::cta; bar.sync 0;

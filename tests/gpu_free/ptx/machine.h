@@ -4,6 +4,7 @@
 // assembly, descriptors, register fragments, or what a compiler made of them. Here the compilers' own output runs, as the
 // PTX manual defines it. parse.cpp reads a module and body.cpp a kernel, schedule.cpp runs its threads, and the instructions
 // are in scalar.cpp (registers, memory, control), async.cpp (barriers and copies) and matrix.cpp (ldmatrix, mma.sync, wgmma).
+// global.cpp and races.cpp look at what they access.
 //
 // Threads of a warp that are at the same instruction execute it together, those furthest behind first; a seed decides which
 // warp goes on and for how long, and when asynchronous work is done between its issue and its wait. What a GPU would fault

@@ -4,6 +4,9 @@
 namespace ptx {
 namespace {
 
+// The start of an instruction: those with matrices have hundreds of registers.
+std::string start_of(const std::string &text) { return text.size() < 80 ? text : text.substr(0, 76) + " ..."; }
+
 const Instruction *code_of(const Warp &w) { return w.block.grid.function.code.data(); }
 
 }  // namespace
@@ -122,7 +125,7 @@ void Races::fail(const Actor &actor, const Seen &now, const Seen &before, size_t
   actor.warp.fail(actor.instruction, actor.lane,
                   std::string("a race: this ") + (now.write ? "write" : "read") + " of shared offset " +
                       std::to_string(word * 4 + lowest) + " and a " + (before.write ? "write" : "read") + " by line " +
-                      std::to_string(other.line) + " \"" + other.text + "\", " + who + ": nothing orders them");
+                      std::to_string(other.line) + " \"" + start_of(other.text) + "\", " + who + ": nothing orders them");
 }
 
 void Races::access(const Warp &w, const Instruction &i, int lane, const void *place, size_t bytes, Kind kind, int order,
