@@ -131,6 +131,14 @@ def test_kernels_compile_and_fit(name: str) -> None:
     assert target.backend == "hip" or uses >= len(SEARCHES)
 
 
+def test_sums_over_lanes_are_launched_without_fusion() -> None:
+    # A lane's own product, fused into the sum of another lane's, leaves lanes that should agree with different last
+    # bits, and either may be stored. Sums of integers alone may be fused.
+    sums = {launch for launch in launches() if "tl.sum(" in launch.fn.src and launch.fn.__name__ != "collect"}
+    assert {launch.fn.__name__ for launch in sums} >= {"_output", "_finish", "_backward", "_update", "code_centre"}
+    assert not [launch for launch in sums if dict(launch.options).get("enable_fp_fusion") is not False]
+
+
 def test_a_triton_too_old_for_amd_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     x, codes = torch.zeros(1, 1, 1, 4), torch.zeros(1, 2, 4)
     monkeypatch.setattr(torch.version, "hip", "7.0")

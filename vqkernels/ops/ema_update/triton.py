@@ -104,10 +104,19 @@ def run(
     block_n = max(1, 1024 // block_d)
     with _triton.on_device(codebook):
         _sizes[(parts, h)](
-            cluster_size, counts.float().contiguous(), partial, decay, 1 - decay, k, BLOCK=1024, num_warps=4
+            cluster_size,
+            counts.float().contiguous(),
+            partial,
+            decay,
+            1 - decay,
+            k,
+            BLOCK=1024,
+            num_warps=4,
+            enable_fp_fusion=False,
         )
         _update[(_triton.ceil_div(k, block_n), h)](
             cluster_size, partial, embed_avg, codebook, sums.float().contiguous(), decay, 1 - decay, eps,
             k * eps, k, parts, d,
             NORMALIZE=int(normalize), BLOCK_P=256, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip

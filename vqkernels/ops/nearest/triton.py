@@ -124,6 +124,7 @@ def _measure(x: Tensor, codebook: Tensor, metric: int) -> tuple[Tensor, Tensor, 
         nearest_pack.code_centre[(_triton.ceil_div(d, 32), h)](
             codebook, *strides, centre, k, every, _triton.ceil_div(k, every), d,
             HALF=x.dtype in HALVES and codebook.dtype in HALVES, BLOCK_N=64, BLOCK_D=32, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     blocks = _triton.ceil_div(k, STATS_CODES)
     largest = torch.empty((h, k), dtype=torch.float32, device=device)

@@ -121,5 +121,6 @@ def run(
             grad, *_triton.strides(grad), z, *_triton.strides(z), codebook, *_triton.strides(codebook), indices,
             c, rows, *_triton.strides(rows), b * s, s, codebook.shape[1], d,
             GRADIENT=GRADIENTS[gradient], DOUBLE=double, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
 """``quantize_output`` on two Triton kernels: gather with partial sums per block of rows, then the partials in order.
 
-Called by ``dispatch``.
+Called by ``dispatch``. Sums over lanes are launched without fusion: a lane that fuses its own product into the sum of
+another lane's has other last bits than that one, and either may be stored.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def run(
                 z, *_triton.strides(z), codebook, *_triton.strides(codebook), indices, measured, rows,
                 *_triton.strides(rows), partial, b * s, s, codebook.shape[1], d,
                 MEASURED=distance is not None, DOUBLE=double, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
+                enable_fp_fusion=False,
             )  # fmt: skip
-        _finish[(1,)](partial, *losses, weight, h * blocks, d, BLOCK=1024, num_warps=4)
+        _finish[(1,)](partial, *losses, weight, h * blocks, d, BLOCK=1024, num_warps=4, enable_fp_fusion=False)
     return out, losses[0], losses[1], weight
