@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -35,9 +36,16 @@ def keep_bytecode() -> None:
 
 
 def temporary(name: str) -> Path:
-    """A folder of this user that outlives the session."""
-    user = os.getuid() if hasattr(os, "getuid") else "tests"
-    return Path(tempfile.gettempdir()) / f"vqkernels-{name}-{user}"
+    """A folder of this user alone that outlives the session: code is loaded from there."""
+    if not hasattr(os, "getuid"):
+        return Path(tempfile.gettempdir()) / f"vqkernels-{name}"  # the user's own already
+    folder = Path(tempfile.gettempdir()) / f"vqkernels-{name}-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        raise RuntimeError(f"{folder} is not a folder of this user: remove it, or set TMPDIR")
+    folder.chmod(0o700)
+    return folder
 
 
 def pytest_configure() -> None:

@@ -372,6 +372,7 @@ def test_bad_input_is_named(case: str) -> None:
 def test_explain_takes_the_public_arguments(backend: str) -> None:
     text = vqkernels.explain("nearest", torch.zeros(2, 3, 4), torch.zeros(5, 4), metric="dot")
     assert text.splitlines()[0] == f"nearest on cpu: {backend}"
+    assert text == vqkernels.explain("nearest", x=torch.zeros(2, 3, 4), codebook=torch.zeros(5, 4), metric="dot")
     assert "lookup on cpu" in vqkernels.explain("lookup", torch.zeros(5, 4), torch.zeros(2, 3).long())
     assert "codebook_sum on cpu" in vqkernels.explain("codebook_sum", torch.zeros(2, 4), torch.zeros(2).long(), 5)
 

@@ -14,6 +14,9 @@ from vqkernels import dispatch
 
 __all__ = ["explain"]
 
+# Ops with a public function of the same name.
+PUBLIC = ("nearest", "residual_nearest", "lookup", "codebook_sum")
+
 
 def explain(op: str, *args: Any, backend: str = "auto", **options: Any) -> str:
     """Which backend runs a call, and why not the others, one line each.
@@ -42,19 +45,15 @@ def explain(op: str, *args: Any, backend: str = "auto", **options: Any) -> str:
     given = dict(zip(names, args, strict=False)) | options
     if unknown := [n for n in given if n not in names]:
         raise ValueError(f"{op} has no argument {unknown[0]!r}; it has {', '.join(names)}")
-    if op == "nearest" and len(args) >= 2:
-        heads = given["codebook"].dim() == 3
-        given["x"] = arguments.to_rows(given["x"], heads)
-        given["codebook"] = arguments.to_codes(given["codebook"])
-    elif op == "residual_nearest" and len(args) >= 2:
-        given["x"] = arguments.to_rows(given["x"], False)
-        given["codebooks"] = [arguments.to_codes(codebook) for codebook in given["codebooks"]]
-    elif op == "lookup" and len(args) >= 2:
-        heads = given["codebook"].dim() == 3
-        given["indices"] = arguments.to_positions(given["indices"], heads)
-        given["codebook"] = arguments.to_codes(given["codebook"])
-    elif op == "codebook_sum" and len(args) >= 2:
-        given["indices"] = arguments.to_positions(given["indices"], False)
-        given["x"] = arguments.to_rows(given["x"], False)
+    if op in PUBLIC:  # the others take the shapes of the ops
+        codebook = given.get("codebook")
+        heads = codebook is not None and codebook.dim() == 3
+        if codebook is not None:
+            given["codebook"] = arguments.to_codes(codebook)
+        if "codebooks" in given:
+            given["codebooks"] = [arguments.to_codes(codes) for codes in given["codebooks"]]
+        for name, canonical in (("x", arguments.to_rows), ("indices", arguments.to_positions)):
+            if name in given:
+                given[name] = canonical(given[name], heads)
     full = tuple(given.get(a.name, a.default_value) for a in schema)
     return dispatch.explain(op, full, backend)

@@ -9,8 +9,8 @@
 //
 //   * Shared memory is ONE struct per kernel, shared_memory<T>(), and the launch passes sizeof(T). It starts as 0xff bytes
 //     (NaN) in every block, ends in a redzone, and its arrays know their bounds.
-//   * Kernels are started by launch() and begin with start_kernel(), and threads wait only by calling what is listed here: never
-//   by spinning on memory.
+//   * Kernels are started by launch() and begin with start_kernel(). Threads wait only by calling what is listed here, never
+//     by spinning on memory.
 //     Blocks run one after another, so none may wait for another ("the last block does the rest" is fine), but for
 //     grid_barrier() in a cooperative launch, whose blocks run in turns.
 //

@@ -1,7 +1,7 @@
 """Triton's interpreter, quicker: what it looks up anew for every call of a function is kept. A plugin of pytest.
 
 In each call of a function in a kernel it lists all members of ``triton.language`` to find the builtins, and for each
-type it makes a table of all types: two fifths of its time on small tiles. Answers are the same.
+type it makes a table of all types, much of its time on small tiles. Answers are the same.
 Loaded by test_triton_interpreter.py; the files interpreted_*.py pass without it.
 """
 

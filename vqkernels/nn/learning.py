@@ -146,9 +146,8 @@ class LearnedCodebook(nn.Module):
             sums, counts = ops.codebook_sum(rows, indices, self.num_embeddings)
             found = [counts, sums.float()]
             if weights is None and self._pooling:
-                found.append(
-                    counts
-                )  # micro-batches, and processes that saw nothing, with and without weights pool alike
+                # Weights of 1: micro-batches and processes pool alike, with weights and without.
+                found.append(counts)
             elif weights is not None:
                 weight = weights.unsqueeze(-1).float()
                 sums, _ = ops.codebook_sum(torch.cat([rows * weight, weight], -1), indices, self.num_embeddings)
