@@ -166,6 +166,56 @@ def test_errors_name_what_is_wrong() -> None:
         convert({"embedding.weight": torch.ones(5)}, "dac")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "code"), [(torch.float16, 0.07, 1e-4), (torch.float32, 4.0, 3e38), (torch.float32, 0.0, 1e-40)]
+)
+@pytest.mark.parametrize("layout", ["moshi", "mimi-transformers"])
+def test_codes_survive_sums_that_leave_the_range(layout: str, dtype: torch.dtype, size: float, code: float) -> None:
+    codes = torch.tensor([[code, 0.3], [1.0, 2.0]]).to(dtype)
+    state = {"codebook": codes, "cluster_size": torch.full((2,), size), "embed_avg": torch.ones(2, 2)}
+    assert torch.equal(codes_in(convert(state, layout)), codes)
+
+
+def test_prefixes_can_change_places_and_count_once() -> None:
+    state = {"a.embedding.weight": CODES, "b.embedding.weight": CODES + 1}
+    swapped = convert(state, "taming", rename={"a.": "b.", "b.": "a."}.__getitem__)
+    assert swapped.keys() == state.keys()
+    assert torch.equal(swapped["a.embedding.weight"], CODES + 1)
+    assert convert(state, "dac", prefix=["a.", "a."]).keys() == {"a.codebook.weight", "b.embedding.weight"}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"q.codebook.embed_sum": CODES}, r"'q\.codebook\.cluster_usage' is missing"),
+        ({"q.codebook.embed_sum": CODES, "q.codebook.cluster_usage": torch.ones(K + 1)}, "do not fit"),
+        ({"q.embeddings": torch.ones(3)}, r"has shape \(3,\)"),
+        ({"q.embed": torch.ones(())}, "do not fit"),
+        ({**start("q."), "q._codebook.embed_avg": torch.ones(K, D + 1)}, r"embed_avg .* has shape \(13, 6\)"),
+        ({**start("q."), "q._codebook.cluster_size": torch.ones(K + 1)}, r"cluster_size .* expected \(13,\)"),
+        ({**start("q."), "q._codebook.inited": torch.ones(0)}, "initialized .* expected one value"),
+        ({"q.codebook": CODES, "q.initialized": torch.ones(2)}, "initialized .* expected one value"),
+    ],
+)
+def test_parts_that_are_missing_or_do_not_fit_are_named(state: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(state, "encodec")
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_a_damaged_file_is_named(ending: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    whole, cut = tmp_path / f"whole{ending}", tmp_path / f"cut{ending}"
+    torch.save(start(), tmp_path / "in.pt")
+    convert_file(tmp_path / "in.pt", whole, "taming")
+    data = whole.read_bytes()
+    for size in (0, 9, len(data) // 2, len(data) - 1):
+        cut.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"cut\..* cannot be read"):
+            convert_file(cut, tmp_path / "out.pt", "dac")
+    assert not (tmp_path / "out.pt").exists()
+
+
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 def test_files_are_written_whole_or_not_at_all(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"state_dict": {**start("q."), "w": torch.ones(2)}}, tmp_path / "in.ckpt")

@@ -102,12 +102,14 @@ def _dividing(book: _Codebook) -> tuple[Tensor, Tensor]:
     """Usage and sums whose quotient is the codes, to the last bit.
 
     The averages at hand if they are that (they are if they came from such a layout). Elsewhere the usage is rounded
-    to a power of two, by which numbers multiply and divide without rounding.
+    to a power of two, by which numbers multiply and divide without rounding, or is 1 where that leaves the range of
+    the dtype.
     """
     usage = book.size.to(book.codes.dtype)
     exact = (book.average / usage.clamp(min=1e-5).unsqueeze(-1) == book.codes).all(-1)
     rounded = torch.exp2(usage.float().clamp(min=2**-16).log2().round()).to(usage.dtype)
-    usage = torch.where(exact, usage, rounded)
+    kept = (book.codes * rounded.unsqueeze(-1) / rounded.unsqueeze(-1) == book.codes).all(-1)
+    usage = torch.where(exact, usage, torch.where(kept, rounded, 1.0))
     return usage, torch.where(exact.unsqueeze(-1), book.average.to(usage.dtype), book.codes * usage.unsqueeze(-1))
 
 
@@ -209,7 +211,8 @@ def convert(
         A new dict; entries that did not change are the same tensors.
 
     Raises:
-        ValueError: ``to`` is unknown, no codebook was found, or heads don't fit the layout.
+        ValueError: ``to`` is unknown, no codebook was found, a part of one is missing or does not fit its codes, or
+            heads don't fit the layout.
 
     Example:
         >>> import torch, vqkernels
@@ -219,19 +222,22 @@ def convert(
          'quantize._codebook.embed_avg': (1, 3, 3), 'quantize._codebook.embed': (1, 3, 3)}
     """
     check_choice("to", to, LAYOUTS)
-    prefixes = find_codebooks(state_dict) if prefix is None else [prefix] if isinstance(prefix, str) else list(prefix)
+    prefixes = find_codebooks(state_dict) if prefix is None else [prefix] if isinstance(prefix, str) else prefix
+    prefixes = list(dict.fromkeys(prefixes))
     if not prefixes:
         raise ValueError(f"the state_dict holds no codebook; expected a key that ends in one of {', '.join(_ANCHORS)}")
     write, heads = _WRITERS[to]
     out = dict(state_dict)
+    books: dict[str, _Codebook] = {}
     for old in prefixes:
-        book, keys = _read(state_dict, old)
+        books[old], keys = _read(state_dict, old)
+        for key in keys:  # all of them before the first is written, so that prefixes can change places
+            out.pop(old + key, None)
+    for old, book in books.items():
         if normalize:
             codes = functional.normalize(book.codes, dim=-1)
             book = book._replace(codes=codes, average=codes * book.size.unsqueeze(-1))
         new = old if rename is None else rename(old)
-        for key in keys:
-            del out[old + key]
         written = write(book if heads else book.one_head(to))
         if clash := [key for key in written if new + key in out]:
             raise ValueError(f"{new + clash[0]!r} would be written over; expected rename to keep prefixes apart")
@@ -245,14 +251,22 @@ def _read(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[_Codebook, lis
     if "codebook" in own:
         found, keys = {k: own[k] for k in _OURS if k in own}, [k for k in _OURS if k in own]
     elif "embeddings" in own:
-        found, keys = {"codebook": own["embeddings"].transpose(-1, -2)}, ["embeddings"]
-    elif (translated := translate(own)) is not None:
+        codes = own["embeddings"]
+        found, keys = {"codebook": codes.transpose(-1, -2) if codes.dim() > 1 else codes}, ["embeddings"]
+    elif (translated := _translated(own, prefix)) is not None:
         found, keys = translated
     else:
         raise ValueError(f"there is no codebook below prefix {prefix!r}; found {find_codebooks(state_dict)}")
     codes = found["codebook"]
     if codes.dim() not in (2, 3):
         raise ValueError(f"the codebook below {prefix!r} has shape {shape_of(codes)}; expected (K, D) or (H, K, D)")
+    expected = {"cluster_size": codes.shape[:-1], "embed_avg": codes.shape}
+    for name in expected.keys() & found.keys():
+        if found[name].shape != expected[name]:
+            raise ValueError(
+                f"{name} below {prefix!r} has shape {shape_of(found[name])}; expected {tuple(expected[name])}, to fit "
+                f"codes of shape {shape_of(codes)}"
+            )
     size = found.get("cluster_size")
     if size is None:
         size = torch.ones(codes.shape[:-1], dtype=codes.dtype, device=codes.device)
@@ -260,7 +274,18 @@ def _read(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[_Codebook, lis
     if average is None:
         average = codes * size.unsqueeze(-1)
     flag = found.get("initialized")
+    if flag is not None and flag.numel() != 1:
+        raise ValueError(f"initialized below {prefix!r} has shape {shape_of(flag)}; expected one value")
     return _Codebook(codes, size, average, torch.tensor(True) if flag is None else flag.bool().reshape(())), keys
+
+
+def _translated(own: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]] | None:
+    try:
+        return translate(own)
+    except KeyError as e:
+        raise ValueError(f"{prefix + str(e.args[0])!r} is missing; expected it beside the codes") from e
+    except (IndexError, RuntimeError) as e:
+        raise ValueError(f"the codebook below {prefix!r} has parts whose shapes do not fit: {e}") from e
 
 
 def convert_file(source: str | os.PathLike[str], destination: str | os.PathLike[str], to: str, **options: Any) -> None:
@@ -273,12 +298,19 @@ def convert_file(source: str | os.PathLike[str], destination: str | os.PathLike[
         to, **options: as for :func:`convert`.
 
     Raises:
-        ValueError: the ending of ``destination`` is none of these, or as for :func:`convert`.
+        ValueError: the ending of ``destination`` is none of these, ``source`` is damaged or holds more than tensors, or
+            as for :func:`convert`.
+        OSError: ``source`` cannot be read, or ``destination`` cannot be written.
         ImportError: a ``.safetensors`` file without the ``safetensors`` package.
     """
     source, destination = Path(source), Path(destination)
     check_choice("the ending of destination", destination.suffix, (".safetensors", ".pt", ".pth", ".ckpt", ".bin"))
-    state, metadata = _load(source)
+    try:
+        state, metadata = _load(source)
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as e:  # safetensors' own type, UnpicklingError, EOFError, KeyError, ...: whatever damage leads to
+        raise ValueError(f"{source} cannot be read, it is damaged or holds more than tensors: {e!r}") from e
     converted = convert(state, to, **options)
     handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.", suffix=".tmp")
     os.close(handle)
