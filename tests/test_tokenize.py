@@ -193,6 +193,16 @@ def test_truncated_images_are_skipped_with_the_reason(model: str, photographs: s
     assert [image.name for image in shard.images] == ["000.png", "002.png"]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 only")
+def test_a_name_that_is_no_utf8_is_escaped(model: str, photographs: str, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(sorted(Path(photographs).glob("*.png"))[0], folder / os.fsdecode(b"caf\xe9.png"))
+    tokenize(TokenizeConfig(model=model, images=str(folder), output=str(tmp_path / "tokens")))
+    detokenize(str(tmp_path / "tokens"), model, str(tmp_path / "restored"))
+    assert [path.name for path in (tmp_path / "restored").glob("*.png")] == [r"caf\xe9.png.png"]
+
+
 def test_damaged_data_sets_are_one_error_and_damaged_images_in_them_are_skipped(
     model: str, photographs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
