@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,17 @@ def checkout(folder: Path) -> Path:
     (folder / "benchmarks").mkdir()
     (folder / "benchmarks" / "run.py").write_text("")
     return folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such pipes")
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "vqkernels", "info"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+    closed = subprocess.run(f"'{sys.executable}' -m vqkernels info >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
 
 
 def test_bench_hands_every_argument_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

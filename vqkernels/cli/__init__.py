@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, ``sys.argv[1:]`` by default.
 
     Returns:
-        The exit status: 0 for success, 2 for an error that was explained on stderr, 130 after Ctrl-C.
+        The exit status: 0 for success, 2 for an error that was explained on stderr, 130 after Ctrl-C, 141 where nobody
+        reads the output any more (``| head``).
 
     Raises:
         SystemExit: unknown command or option (status 2), ``--help`` and ``--version`` (status 0).
@@ -70,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     args.rest = rest
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        print(end="", flush=True)
+        return status
     except KeyboardInterrupt:
         print(f"vqkernels {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -79,8 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         reason = f"{e.name} is not installed; try: pip install 'vqkernels[{args.command}]'"
     except (OSError, ValueError) as e:
+        if isinstance(e, BrokenPipeError) and _reader_left():
+            return 141
         if args.debug:
             raise
         reason = str(e)
     print(f"vqkernels {args.command}: error: {reason}", file=sys.stderr)
     return 2
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads stdout any more; it then leads nowhere, or Python would complain when it flushes at exit."""
+    try:
+        print(flush=True)  # of nothing at all, a pipe would not notice
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
