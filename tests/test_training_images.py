@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
+import sys
 import tarfile
 import tracemalloc
 import warnings
@@ -353,3 +355,11 @@ def test_the_split_of_a_folder_has_not_moved() -> None:
     assert data.hold_out(names, 0.3) == set(order[:3])
     assert len(data.hold_out(names, 0.99)) == 9
     assert len(data.hold_out(names[:2], 0.01)) == 1
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 only")
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / os.fsdecode(b"\xe9%d.png" % number)).write_bytes(png(number))
+    split = data.image_folder(str(tmp_path), 32)
+    assert sorted([*split.train.names, *split.held_out.names]) == [r"\xe90.png", r"\xe91.png"]

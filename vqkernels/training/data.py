@@ -232,7 +232,7 @@ def image_folder(folder: str, size: int, resize: int | None = None, held_out: fl
     kept: dict[str, tuple[str, Path]] = {}
     with ThreadPoolExecutor(threads) as pool:
         for path, (digest, reason) in zip(paths, pool.map(check, paths), strict=True):
-            name = path.relative_to(root).as_posix()
+            name = name_below(root, path)
             if digest is None:
                 skipped.append((name, " ".join(reason.split())))
             elif digest in kept:
@@ -252,6 +252,12 @@ def image_folder(folder: str, size: int, resize: int | None = None, held_out: fl
         return ImageSet(names, files, digests, load)
 
     return Split(collect(False), collect(True), tuple(skipped))
+
+
+def name_below(root: Path, path: Path) -> str:
+    """An image's name: its path in ``root`` with slashes; bytes that are no UTF-8, which no file of ours could hold,
+    are escaped, as ``\\xe9``."""
+    return path.relative_to(root).as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def hold_out(names: Sequence[str], share: float) -> set[str]:

@@ -93,7 +93,7 @@ def _folder(root: Path, size: int | None) -> ImageSource:
     require("PIL.Image")
     skipped: list[tuple[str, str]] = []
     paths = sorted(data.image_paths(root, skipped), key=lambda path: path.relative_to(root).as_posix())
-    names = [_text(path.relative_to(root).as_posix()) for path in paths]
+    names = [data.name_below(root, path) for path in paths]
     if not names:
         raise TrainingError(f"{root} has no images (looked for {', '.join(sorted(data.SUFFIXES))})")
     return ImageSource(
@@ -101,11 +101,6 @@ def _folder(root: Path, size: int | None) -> ImageSource:
         _fingerprint([(n, _size(p)) for n, p in zip(names, paths, strict=True)]),
         lambda i: data.decode_image(paths[i], 1, size), tuple(skipped),
     )  # fmt: skip
-
-
-def _text(name: str) -> str:
-    """A file's name as text: bytes of it that are no UTF-8, which no manifest or report could hold, as ``\\xe9``."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _size(path: Path) -> int:
