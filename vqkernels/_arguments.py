@@ -11,20 +11,25 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from vqkernels.ops.nearest import METRICS
 from vqkernels.ops.quantize_grad import GRADIENTS
 
 __all__ = [
     "PRECISIONS",
+    "autocast_kind",
     "check_choice",
     "check_codebook",
     "check_count",
     "check_float_tensor",
     "check_indices",
+    "check_integer",
     "check_mask",
     "check_number",
+    "check_range",
     "check_rows",
+    "has_values",
     "is_channel_first",
     "shape_of",
     "to_codes",
@@ -65,6 +70,14 @@ def check_count(name: str, value: int) -> None:
         raise TypeError(f"{name} is {value!r}; expected an integer")
     if value < 1:
         raise ValueError(f"{name} is {value}; expected at least 1")
+
+
+def check_integer(name: str, value: int, low: int | None = None) -> None:
+    """``value`` is an integer, of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    if low is not None and value < low:
+        raise ValueError(f"{name} is {value}; expected at least {low}")
 
 
 def check_float_tensor(name: str, x: Tensor) -> None:
@@ -116,6 +129,25 @@ def check_indices(indices: Tensor, name: str = "indices") -> None:
         raise TypeError(f"{name} has dtype {indices.dtype}; expected an integer dtype such as int64")
     if indices.layout != torch.strided or indices.is_nested:
         raise TypeError(f"{name} is a {_kind(indices)} tensor; expected a dense one")
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there is something to look at: not in meta and fake tensors, nor while a graph is traced."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+
+
+def check_range(name: str, x: Tensor, low: int, high: int) -> None:
+    """The integers ``x`` lie in [low, high]; asked on the CPU only, elsewhere looking takes a wait."""
+    if not has_values(x) or x.device.type != "cpu" or x.numel() == 0:
+        return
+    least, most = (int(t) for t in x.aminmax())
+    if least < low or most > high:
+        raise ValueError(f"{name} contains {least if least < low else most}; expected integers in [{low}, {high}]")
+
+
+def autocast_kind(x: Tensor) -> str:
+    """The kind of device to switch autocast off for: meta tensors know no autocast, and any other kind leaves them."""
+    return "cpu" if x.is_meta else x.device.type
 
 
 def check_mask(mask: Tensor, rows: Sequence[int], like: Tensor, heads: bool) -> None:

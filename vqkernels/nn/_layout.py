@@ -92,6 +92,7 @@ class Layout:
                 f"lens has shape {arguments.shape_of(lens)} for positions {tuple(places)}; expected (B,) and z of "
                 f"{'(B, C, T)' if self.channel_dim == 1 else '(B, T, C)'}"
             )
+        arguments.check_range("lens", lens, 0, places[1])
         return torch.arange(places[1], device=z.device) < lens.to(z.device).unsqueeze(1)
 
     def weights(self, weights: Tensor, z: Tensor, rows: Tensor) -> Tensor:

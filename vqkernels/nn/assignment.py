@@ -112,7 +112,10 @@ class _SoftUsage(torch.autograd.Function):
         x, codes, weight = ctx.saved_tensors
         dx, de = torch.zeros_like(x), torch.zeros_like(codes)
         factor = (2.0 if ctx.squared else 1.0) / ctx.temperature
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # backward may be called inside of it
+        with (
+            torch.no_grad(),
+            torch.autocast(arguments.autocast_kind(x), enabled=False),
+        ):  # backward may be called inside of it
             for head, block in blocks(x, codes):
                 log_p, p, each = softmax_of_scores(x[head, block], codes[head], ctx.squared, ctx.temperature)
                 v = grad_usage[head]
@@ -134,7 +137,7 @@ def blocks(x: Tensor, codes: Tensor) -> list[tuple[int, slice]]:
 
 def softmax_of_scores(x: Tensor, codes: Tensor, squared: bool, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """log p (n, K), p, and the entropy (n,) of each row (n, D). |x|^2 is the same for all codes and left out."""
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(arguments.autocast_kind(x), enabled=False):
         score = torch.addmm(-codes.square().sum(1), x, codes.T, alpha=2.0) if squared else x @ codes.T
         log_p = score.div_(temperature).log_softmax(1)
         p = log_p.exp()

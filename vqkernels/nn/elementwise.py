@@ -6,6 +6,7 @@ Called by :class:`vqkernels.nn.FSQ` and :class:`vqkernels.nn.LFQ`. No search: th
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,18 @@ class ElementwiseQuantizer(nn.Module):
         self.register_buffer("_anchor", torch.zeros((), device=device), persistent=False)
 
     _anchor: Tensor
+    num_embeddings: int
+
+    @abstractmethod
+    def _fill(self) -> None:
+        """Write the constants, which are in no checkpoint, into their buffers."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElementwiseQuantizer:
+        """``.to`` and the like; ``to_empty`` leaves anything in the buffers, and no checkpoint would overwrite it."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._anchor.zero_()
+        self._fill()
+        return self
 
     @abstractmethod
     def _codes_of(self, indices: Tensor) -> Tensor:
@@ -77,13 +90,15 @@ class ElementwiseQuantizer(nn.Module):
         """What :meth:`forward` outputs for these indices: float32, channels where the input has them; -1 gives zeros.
 
         Args:
-            indices: integers (B, ...), with a last dim of H if there are several heads.
+            indices: integers (B, ...) in [-1, K), with a last dim of H if there are several heads.
 
         Raises:
-            ValueError, TypeError: shape or dtype do not fit.
+            ValueError, TypeError: shape or dtype do not fit, or an index is out of range (checked on CPU).
         """
         positions, shape = self._layout.positions(indices)
-        codes = torch.where(positions.unsqueeze(-1) >= 0, self._codes_of(positions.clamp(min=0)), 0.0)
+        arguments.check_range("indices", indices, -1, self.num_embeddings - 1)
+        known = (positions >= 0) & (positions < self.num_embeddings)  # where nobody looked, a wrong index is no code
+        codes = torch.where(known.unsqueeze(-1), self._codes_of(torch.where(known, positions, 0)), 0.0)
         values = self._layout.output(codes, shape)
-        known = (indices >= 0) if self.heads == 1 else (indices >= 0).any(-1)
-        return self._outside(values, values, known)
+        known = (indices >= 0) & (indices < self.num_embeddings)
+        return self._outside(values, values, known if self.heads == 1 else known.any(-1))

@@ -67,13 +67,19 @@ class FSQ(ElementwiseQuantizer):
         super().__init__(len(levels), **options)
         self.symmetric, self.noise = symmetric, noise
         self.num_embeddings = math.prod(levels)
-        sizes = torch.tensor(list(levels), dtype=torch.int64, device=self._anchor.device)
-        self.register_buffer("levels", sizes, persistent=False)
-        self.register_buffer("basis", torch.cat([sizes.new_ones(1), sizes[:-1]]).cumprod(0), persistent=False)
+        self._sizes = tuple(levels)
+        for name in ("levels", "basis"):
+            constants = torch.empty(len(levels), dtype=torch.int64, device=self._anchor.device)
+            self.register_buffer(name, constants, persistent=False)
+        self._fill()
+
+    def _fill(self) -> None:
+        self.levels.copy_(torch.tensor(self._sizes))
+        self.basis.copy_(torch.tensor((1, *self._sizes[:-1])).cumprod(0))
 
     def extra_repr(self) -> str:
         """The levels."""
-        return f"{self.levels.tolist()}, symmetric={self.symmetric}"
+        return f"{list(self._sizes)}, symmetric={self.symmetric}"
 
     def forward(self, z: Tensor, mask: Tensor | None = None, *, lens: Tensor | None = None) -> VQOutput:
         """Quantize ``z``; see :meth:`vqkernels.VectorQuantizer.forward`.

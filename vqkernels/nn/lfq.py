@@ -103,8 +103,12 @@ class LFQ(ElementwiseQuantizer):
         self.scale, self.spherical, self.temperature, self.groups = scale, spherical, temperature, groups
         self.entropy_weight, self.diversity, self.commitment_cost = entropy_weight, diversity, commitment_cost
         self.num_embeddings = 2**dim
-        powers = 2 ** torch.arange(dim - 1, -1, -1, device=self._anchor.device)
+        powers = torch.empty(dim, dtype=torch.int64, device=self._anchor.device)
         self.register_buffer("powers", powers, persistent=False)
+        self._fill()
+
+    def _fill(self) -> None:
+        self.powers.copy_(2 ** torch.arange(self.embedding_dim - 1, -1, -1))
 
     def extra_repr(self) -> str:
         """Bits and options."""
@@ -199,6 +203,6 @@ def mean_of_products(up: Tensor, weight: Tensor) -> Tensor:
 
     half = up.shape[-1] // 2
     first, second = outer(up[..., :half]), outer(up[..., half:])
-    with torch.autocast(up.device.type, enabled=False):
+    with torch.autocast(arguments.autocast_kind(up), enabled=False):
         weighted = (first * weight[..., None, None]).permute(0, 2, 3, 1)
         return (weighted @ second.transpose(1, 2)).flatten(-2)

@@ -98,7 +98,11 @@ class MultiScaleVectorQuantizer(nn.Module):
         arguments.check_choice("init", init, ("uniform", "normal"))
         if not sizes:
             raise ValueError("sizes is empty; expected the sizes of the index maps, coarse to fine")
-        self.sizes = tuple((s, s) if isinstance(s, int) else (int(s[0]), int(s[1])) for s in sizes)
+        pairs = [(s, s) if isinstance(s, int) else tuple(s) if isinstance(s, Sequence) else () for s in sizes]
+        for given, pair in zip(sizes, pairs, strict=True):
+            if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
+                raise TypeError(f"sizes has {given!r}; expected integers or (h, w) pairs of them")
+        self.sizes = tuple((h, w) for h, w in pairs)
         for size in self.sizes:
             arguments.check_count("sizes", min(size))
             if any(a > b for a, b in zip(size, self.sizes[-1], strict=True)):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqkernels import _arguments as arguments
+
 __all__ = ["Phi", "PhiPerScale"]
 
 
@@ -22,7 +24,7 @@ class Phi(nn.Conv2d):
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(arguments.autocast_kind(h), enabled=False):
             return (1 - self.ratio) * h + self.ratio * F.conv2d(h, self.weight, self.bias, padding=1)
 
 

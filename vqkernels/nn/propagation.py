@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from vqkernels import _arguments as arguments
 from vqkernels import ops
 from vqkernels.functional import lookup_rows
 from vqkernels.nn.assignment import blocks, softmax_of_scores
@@ -78,7 +79,7 @@ class _Propagate(torch.autograd.Function):
         factor = (2.0 if ctx.squared else 1.0) / ctx.temperature
         g = torch.where(usable.unsqueeze(-1), grad.to(x.dtype), 0.0)
         values = codes.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # backward may be called inside of it
+        with torch.autocast(arguments.autocast_kind(x), enabled=False):  # backward may be called inside of it
             for head, block in blocks(x, scored):
                 _, p, _ = softmax_of_scores(x[head, block], scored[head], ctx.squared, ctx.temperature)
                 # Of a row's logits: p (u - p.u), where u is what its gradient says of every code.

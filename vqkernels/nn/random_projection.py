@@ -60,6 +60,7 @@ class RandomProjectionQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         arguments.check_count("dim", dim)
+        arguments.check_integer("seed", seed)
         self.dim, self.norm, self.seed, self.channel_dim = dim, norm, seed, channel_dim
         # A decay makes the codebook a buffer; frozen, it never moves.
         self.vq = VectorQuantizer(
@@ -98,9 +99,9 @@ class RandomProjectionQuantizer(nn.Module):
             raise ValueError(f"z has shape {arguments.shape_of(z)}; expected {wanted}")
         if z.device != self.rand_projs.device:
             raise ValueError(f"z is on {z.device}, the projection on {self.rand_projs.device}; expected one device")
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(arguments.autocast_kind(z), enabled=False):
             x = x.float()
             x = F.layer_norm(x, (self.dim,)) if self.norm else x
-            x = x @ self.rand_projs.transpose(0, 1).flatten(1)
+            x = x @ self.rand_projs.float().transpose(0, 1).flatten(1)
         indices: Tensor = self.vq(x.movedim(-1, 1) if first else x, mask, lens=lens).indices
         return indices

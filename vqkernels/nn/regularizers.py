@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqkernels import _arguments as arguments
+
 __all__ = ["orthogonality"]
 
 
@@ -31,6 +33,6 @@ def orthogonality(codes: Tensor) -> Tensor:
     """
     unit = F.normalize(codes if codes.dim() == 3 else codes.unsqueeze(0), dim=-1)
     heads, k, _ = unit.shape
-    with torch.autocast(codes.device.type, enabled=False):
+    with torch.autocast(arguments.autocast_kind(codes), enabled=False):
         gram = unit.transpose(1, 2) @ unit
         return gram.square().sum() / (heads * k * k) - 1 / k

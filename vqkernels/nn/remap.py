@@ -56,6 +56,7 @@ class IndexRemap(nn.Module):
     def forward(self, indices: Tensor) -> Tensor:
         """Codes in [-1, K) as positions in ``used``; -1 stays -1."""
         arguments.check_indices(indices)
+        arguments.check_range("indices", indices, -1, self.num_embeddings - 1)
         table = self.used.new_full((self.num_embeddings + 1,), -2)  # one more, for -1
         table[self.used] = torch.arange(self.used.numel(), device=self.used.device)
         table[-1] = -1
@@ -69,5 +70,6 @@ class IndexRemap(nn.Module):
     def inverse(self, positions: Tensor) -> Tensor:
         """Positions as codes; -1 stays -1."""
         arguments.check_indices(positions)
+        arguments.check_range("positions", positions, -1, self.size - 1)
         known = torch.where(positions >= self.used.numel(), 0, positions.long())
         return torch.where(known < 0, -1, self.used[known.clamp(min=0)])

@@ -131,6 +131,7 @@ class ResidualVectorQuantizer(nn.Module):
             if value > q:
                 raise ValueError(f"{name} is {value}; expected at most the {q} levels")
         arguments.check_number("dropout_share", dropout_share, high=1.0)
+        arguments.check_integer("dropout_seed", dropout_seed)
         if options.get("heads", 1) != 1:
             raise ValueError(f"heads is {options['heads']}; expected 1, see GroupedResidualVectorQuantizer")
         if shared_codebook and (len(set(sizes)) > 1 or level_dim is not None):
@@ -195,7 +196,7 @@ class ResidualVectorQuantizer(nn.Module):
             mask: bool (B, ...), True for valid positions.
             lens: integers (B,) instead of a mask, for (B, C, T) or (B, T, C).
             num_levels: use the first so many levels only; the others get index -1.
-            keep: integers () or (B,): levels to keep, instead of what ``dropout`` would draw.
+            keep: integers () or (B,) in [1, Q]: levels to keep, instead of what ``dropout`` would draw.
 
         Raises:
             ValueError, TypeError: shapes, dtype or device do not fit.
@@ -213,7 +214,7 @@ class ResidualVectorQuantizer(nn.Module):
         self._layout.check(inside, self.level(0).codebook)
         keep = self._keep(inside, keep)
         last = limit
-        if keep is not None and keep.dim() == 0 and not torch.compiler.is_compiling() and keep.device.type == "cpu":
+        if keep is not None and keep.dim() == 0 and keep.device.type == "cpu" and arguments.has_values(keep):
             last, keep = min(limit, int(keep)), None  # levels that nothing reaches: skipped where looking costs nothing
 
         layers: list[Any] = list(self.layers)
@@ -308,6 +309,7 @@ class ResidualVectorQuantizer(nn.Module):
         entries = tuple(self._layout.places(z.shape)[:1])
         if tuple(keep.shape) not in ((), entries):
             raise ValueError(f"keep has shape {arguments.shape_of(keep)}; expected () or {entries}")
+        arguments.check_range("keep", keep, 1, self.num_levels)
 
     def _mask(self, mask: Tensor | None, keep: Tensor | None, level: int, z: Tensor) -> Tensor | None:
         """Positions of this level: those of ``mask`` in entries that keep it."""
@@ -389,10 +391,12 @@ class ResidualVectorQuantizer(nn.Module):
 
     def bitrate(self, frame_rate: float, num_levels: int | None = None) -> float:
         """Bits per second of ``frame_rate`` positions per second, log2 K bits per level."""
+        arguments.check_number("frame_rate", frame_rate)
         return frame_rate * sum(math.log2(k) for k in self.sizes[: check_levels(num_levels, self.num_levels)])
 
     def levels_for(self, bits_per_second: float, frame_rate: float) -> int:
         """The most levels whose :meth:`bitrate` is at most ``bits_per_second``, at least one (EnCodec's ``n_q``)."""
+        arguments.check_number("bits_per_second", bits_per_second)
         fitting = [q for q in range(1, self.num_levels + 1) if self.bitrate(frame_rate, q) <= bits_per_second]
         return max(fitting, default=1)
 

@@ -91,7 +91,7 @@ class SimVQ(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """The projected codes (K, D), float32 whatever autocast says."""
-        with torch.autocast(self.frozen_codebook.device.type, enabled=False):
+        with torch.autocast(arguments.autocast_kind(self.frozen_codebook), enabled=False):
             codes: Tensor = self.code_transform(self.frozen_codebook)
         if tuple(codes.shape) != (self.num_embeddings, self.embedding_dim):
             wanted = (self.num_embeddings, self.embedding_dim)

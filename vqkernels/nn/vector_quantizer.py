@@ -141,6 +141,8 @@ class VectorQuantizer(LearnedCodebook):
             if name in _TEMPERATURES and getattr(self, name) == 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive number")
         arguments.check_number("eps", eps)
+        arguments.check_integer("kmeans_iters", kmeans_iters, 0)
+        arguments.check_integer("seed", seed)
         for name, value in (("decay", 0.5 if decay is None else decay), ("usage_decay", usage_decay)):
             arguments.check_number(name, value)
             if not 0 < value < 1:
@@ -237,7 +239,7 @@ class VectorQuantizer(LearnedCodebook):
         row_weights = None if weights is None else self._layout.weights(weights, inside, rows)
         steps = None if code_weights is None else self._code_weights(code_weights)
         learning = self.training and not self.frozen and not in_backward()
-        if learning and self._waiting:
+        if learning and self._waiting and (arguments.has_values(rows) or torch.compiler.is_compiling()):
             self._start(rows, valid)
         given, live = self._codes(learning)
         if self.affine is not None:
@@ -358,5 +360,7 @@ class VectorQuantizer(LearnedCodebook):
             ValueError: there is no finite vector to start from.
         """
         rows, valid = self._rows(self._inside(z), mask)
+        if not arguments.has_values(rows):
+            raise ValueError("z is a meta or fake tensor; expected one with values for k-means")
         if not self._start(rows, valid):
             raise ValueError(f"z has shape {arguments.shape_of(z)} and no finite, valid vector; expected at least one")
