@@ -143,6 +143,21 @@ def test_too_many_candidates_are_scanned(metric: str, screen: int) -> None:
     check(x, codes[5:6].expand(60, 12), metric)
 
 
+@pytest.mark.parametrize("processors", [1, 9])  # one block sees all codes of a wide row, or each tile has its own
+@pytest.mark.parametrize("crowd", [12, 300])  # the second pass lists them all, or they overflow
+@pytest.mark.parametrize("screen", [SM80, SM90], ids=NAMES[1:])
+def test_too_many_candidates_in_several_tiles(
+    crowd: int, processors: int, screen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, screen, processors=processors)
+    for seed in SEEDS[1:]:
+        set_seed(seed)
+        torch.manual_seed(seed)
+        codes, near = torch.randn(640, 40), torch.randperm(639)[:crowd]
+        codes[near] = codes[639] + torch.randn(crowd, 40) * 1e-6
+        check(torch.cat([codes[639:].expand(140, 40), codes[near[:3]], torch.randn(3, 40)]), codes)
+
+
 @pytest.mark.parametrize("screen", [SM80, SM90], ids=NAMES[1:])
 @pytest.mark.parametrize(("splits", "chunk", "processors"), [(1, 100, 1), (3, 300, 2), (8, 256, 50), (5, 7, 3)])
 def test_chunks_of_rows_and_splits_of_codes_change_nothing(
