@@ -58,13 +58,8 @@ bench: $(VENV)/.dev  ## speed and memory against other libraries, then tables an
 GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 
 gpu:  ## on a CUDA machine, without network: build, prove, tune and measure; ARGS="--steps prove", then "--steps measure"
-	export VQKERNELS_GPU_STARTED=$$(date +%s) && $(PYTHON) -m benchmarks.gpu --check $(ARGS) && \
-	  $(MAKE) -s build/gpu/.built && $(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
-
-build/gpu/.built: $(BUILT_FROM) $(shell find vqkernels -name '*.py')
-	rm -rf build/gpu
-	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --target build/gpu .
-	@touch $@
+	export VQKERNELS_GPU_STARTED=$$(date +%s) && $(PYTHON) -m benchmarks.gpu --build $(ARGS) && \
+	  $(GPU_ENV) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 sanitizer:  ## on a CUDA machine: the CUDA kernels under compute-sanitizer, memcheck and racecheck on small cases
 	$(MAKE) gpu ARGS="--steps memcheck racecheck $(ARGS)"

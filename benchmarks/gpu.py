@@ -7,27 +7,29 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_record
-from benchmarks.environment import RESULTS, ROOT, commit, now, write_json
-from benchmarks.gpu_blocks import CRASHED
+from benchmarks.environment import RESULTS, commit, now, write_json
+from benchmarks.gpu_steps import UNCHECKED, Outcome, Step, run_steps, say, summary
 
-__all__ = ["STEPS", "Outcome", "Step", "main", "run_steps"]
+__all__ = ["STEPS", "main"]
 
 PYTHON = [sys.executable]
 # What runs on the device although it was written for the CPU: tests/conftest.py moves the tensors of every op there.
 TESTS = ("tests/gpu", "tests/ops", "tests/test_functional.py", "tests/test_nn.py", "tests/test_nn_codebook.py",
          "tests/test_nn_state.py")  # fmt: skip
-NOT_ON_PATH = "compute-sanitizer is not on the PATH (it comes with the CUDA toolkit): NOTHING WAS CHECKED FOR RACES"
+NOT_FOUND = f"there is no compute-sanitizer on the PATH, in CUDA_HOME or in /usr/local/cuda: {UNCHECKED}"
+# What it says on machines that let no tool near the GPU, whatever the program does.
+REFUSED = "Device not supported"
 EXAMPLES = """\
 two calls, each below nine minutes with the build (on a machine that ends a call after ten):
   make gpu ARGS="--steps prove"                                   is it right? build, self-test, suite, sanitizer
@@ -43,33 +45,6 @@ record; copied to vqkernels/tuned/<device>.json it lets backend="auto" choose th
 """
 
 
-@dataclass(frozen=True)
-class Step:
-    """One process.
-
-    Attributes:
-        name: what ``--steps`` takes.
-        seconds: its budget.
-        command: its arguments after the options are known; a string is the reason why there is nothing to run.
-        about: for ``--help`` and the summary.
-    """
-
-    name: str
-    seconds: float
-    command: Callable[[argparse.Namespace, float], list[str] | str]
-    about: str
-
-
-@dataclass
-class Outcome:
-    """What became of a step: ``ok``, ``FAILED``, ``OUT OF TIME`` or ``skipped``."""
-
-    step: str
-    status: str
-    seconds: float
-    note: str
-
-
 def _selftest(options: argparse.Namespace, seconds: float) -> list[str] | str:
     if options.device != "cuda":
         return "a CPU has no tensor cores to ask"
@@ -82,25 +57,37 @@ def _blocks(options: argparse.Namespace, seconds: float) -> list[str] | str:
     return [*PYTHON, "-m", "benchmarks.gpu_blocks"]
 
 
-def _ruled_out(outcome: Outcome) -> str | None:
-    """What VQKERNELS_CUDA_SCREEN must be after "blocks": a screen that hangs or crashes would end every step."""
-    if outcome.status == "OUT OF TIME":
-        return "mma"  # mma.sync has no barriers that could wait for ever
-    if CRASHED not in outcome.note:
-        return None  # one that is wrong is left out by the library's own self-test
-    return "float64" if f"mma.sync {CRASHED}" in outcome.note else "mma"
-
-
 def _tests(options: argparse.Namespace, seconds: float) -> list[str]:
-    command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow or gpu", *TESTS]
+    suite = [
+        "-p",
+        "benchmarks.gpu_suite",
+        "--suite-until",
+        f"{time.time() + seconds:.0f}",
+        "-o",
+        "faulthandler_timeout=60",
+    ]
+    command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suite, "-m", "not slow or gpu", *TESTS]
     if options.quick:
         return [*command, "-k", "ties"]
     try:
         import xdist  # noqa: F401
     except ImportError:
         return command
-    # Most of the time goes into compiling kernels on the CPU.
-    return [*command, "-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+    # Most of the time goes into compiling kernels and into the oracle, both on the CPU, in one thread each.
+    workers = str(max(1, min(12, len(os.sched_getaffinity(0)) * 3 // 4)))
+    return ["env", f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '1')}", *command, "-n", workers,
+            "--dist", "worksteal"]  # fmt: skip
+
+
+def _toolkit() -> list[str]:
+    """Where the tools of CUDA lie, in order."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(str(Path(nvcc).resolve().parents[1]))
+    folders = [
+        Path(home, part) for home in [*homes, "/usr/local/cuda"] if home for part in ("bin", "compute-sanitizer")
+    ]
+    return [*os.environ.get("PATH", "").split(os.pathsep), *map(str, folders)]
 
 
 def _sanitizer(tool: str) -> Callable[[argparse.Namespace, float], list[str] | str]:
@@ -108,10 +95,9 @@ def _sanitizer(tool: str) -> Callable[[argparse.Namespace, float], list[str] | s
         smoke = [*PYTHON, "-m", "benchmarks.gpu_smoke", "--device", options.device]
         if options.device != "cuda":
             return smoke  # a rehearsal of the program that compute-sanitizer would watch
-        near = [Path(p).parent for p in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc") if p]
-        program = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, near)]))
+        program = shutil.which("compute-sanitizer", path=os.pathsep.join(_toolkit()))
         if program is None:
-            return NOT_ON_PATH
+            return NOT_FOUND
         # Without torch's caching allocator an access beyond a tensor is one beyond an allocation.
         apart = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"] if tool == "memcheck" else []
         return [*apart, program, "--tool", tool, "--error-exitcode", "9", *smoke]
@@ -143,11 +129,12 @@ STEPS = (
     Step("selftest", 60, _selftest, "do the tensor cores add as the bound assumes?"),
     Step("smoke", 45, lambda o, s: [*PYTHON, "-m", "benchmarks.gpu_smoke", "--device", o.device],
          "every op and backend on small cases against the CPU"),
-    Step("tests", 160, _tests, "the suite on the device"),
-    Step("memcheck", 55, _sanitizer("memcheck"), "compute-sanitizer: accesses"),
-    Step("racecheck", 50, _sanitizer("racecheck"), "compute-sanitizer: races in shared memory"),
+    Step("tests", 160, _tests, "the suite on the device", elastic=True),
+    Step("memcheck", 55, _sanitizer("memcheck"), "compute-sanitizer: accesses", elastic=True, cannot=REFUSED),
+    Step("racecheck", 50, _sanitizer("racecheck"), "compute-sanitizer: races in shared memory", elastic=True,
+         cannot=REFUSED),
     Step("tune", 90, _tune, "launch configurations for this device"),
-    Step("bench", 290, _stage("bench"), "speed and memory against other libraries"),
+    Step("bench", 290, _stage("bench"), "speed and memory against other libraries", elastic=True),
     Step("report", 30, _stage("report"), "tables, targets, a chart"),
 )  # fmt: skip
 # One call each: the budgets of a part and the build fit into it.
@@ -155,76 +142,6 @@ PARTS = {
     "prove": ("info", "blocks", "selftest", "smoke", "tests", "memcheck", "racecheck"),
     "measure": ("tune", "bench", "report"),
 }
-
-
-def run_steps(steps: list[Step], options: argparse.Namespace, log: Any, total: float) -> list[Outcome]:
-    """Run the steps in order; one that fails does not stop the others, one that is cut off says so.
-
-    Args:
-        steps: what to run.
-        options: handed to their commands.
-        log: an open file; everything goes there and to the terminal.
-        total: seconds for all of them together; a step gets its own budget or what is left of that.
-    """
-    begin = time.monotonic()
-    outcomes = []
-    environment = os.environ | {"VQKERNELS_TEST_DEVICE": options.device, "PYTHONUNBUFFERED": "1"}
-    if (options.output / "tuned").is_dir() or any(s.name == "tune" for s in steps):
-        environment["VQKERNELS_TUNED"] = str(options.output / "tuned")
-    for step in steps:
-        left = min(step.seconds, total - (time.monotonic() - begin))
-        if step.name == "report":  # seconds, and without it the rest is hard to read
-            left = step.seconds
-        command = step.command(options, left) if left > 1 else "no time left"
-        if isinstance(command, str):
-            status = "OUT OF TIME" if left <= 1 else "skipped"
-            _say(log, f"\n=== {step.name}: {status}: {command}")
-            outcomes.append(Outcome(step.name, status, 0.0, command))
-            continue
-        _say(log, f"\n=== {step.name}: {step.about} (at most {left:.0f} s)")
-        start = time.monotonic()
-        status, note = _run(command, environment, left, log)
-        outcomes.append(Outcome(step.name, status, time.monotonic() - start, note))
-        if step.name == "blocks" and (best := _ruled_out(outcomes[-1])) is not None:
-            environment["VQKERNELS_CUDA_SCREEN"] = best
-            _say(log, f"!!! {note}: every step from here on runs with VQKERNELS_CUDA_SCREEN={best}")
-    return outcomes
-
-
-def _run(command: list[str], environment: dict[str, str], seconds: float, log: Any) -> tuple[str, str]:
-    """One process and those that it starts; its last line is the note."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    import threading
-
-    timer = threading.Timer(seconds, lambda: os.killpg(process.pid, 9))
-    timer.daemon = True
-    timer.start()
-    last = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        _say(log, line.rstrip("\n"))
-        last = line.strip() or last
-    code = process.wait()
-    out_of_time = not timer.is_alive() and code == -9
-    timer.cancel()
-    if out_of_time:
-        return "OUT OF TIME", f"killed after {seconds:.0f} s"
-    return ("ok", last) if code == 0 else ("FAILED", f"exit status {code}: {last}")
-
-
-def _say(log: Any, text: str) -> None:
-    print(text, flush=True)
-    log.write(text + "\n")
-    log.flush()
-
-
-def _summary(outcomes: list[Outcome]) -> str:
-    lines = [f"  {o.step:<10} {o.status:<12} {o.seconds:6.0f} s  {o.note[:100]}" for o in outcomes]
-    loud = [f"  !!! {o.step}: {o.note}" for o in outcomes if o.note == NOT_ON_PATH]
-    return "\n".join(["", "summary", *lines, *loud])
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -328,7 +245,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results/<device>)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a rehearsal without numbers")
     parser.add_argument("--quick", action="store_true", help="few tests, tiny benchmark sizes: does it run?")
-    parser.add_argument("--check", action="store_true", help="say whether there is a device, and do nothing else")
+    parser.add_argument(
+        "--build", action="store_true", help="build into build/gpu if there is a device, and do nothing else"
+    )
     parser.add_argument("--inner", choices=("bench", "report"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.steps = [name for step in options.steps for name in PARTS.get(step, (step,))]
@@ -343,6 +262,8 @@ def _left(seconds: float) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding is no reason to stop
+        sys.stdout.reconfigure(errors="replace")
     options = _parse(arguments)
     if options.inner:
         return {"bench": _bench, "report": _report}[options.inner](options)
@@ -351,10 +272,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA device here, so nothing was tested on one", file=sys.stderr)
         return 1
-    if options.check:
-        return 0
     from vqkernels import tuned
 
+    if options.build:
+        from benchmarks import gpu_build
+
+        return gpu_build.build(options.device == "cuda")
     stamp = _stamp(options)
     options.output = (options.output or RESULTS / tuned.slug(stamp["device"]["name"])).resolve()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -363,19 +286,23 @@ def main(arguments: list[str] | None = None) -> int:
     if len(steps) == 1 and steps[0].seconds < seconds:  # one step alone may take all the time there is
         steps = [replace(steps[0], seconds=seconds)]
     before, why = gpu_record.carried(options.output, stamp, {s.name for s in steps})
-    # What earlier calls said stays readable.
-    with (options.output / "log.txt").open("a" if before else "w") as log:
-        _say(log, f"{stamp['device']['name']}; {stamp['versions']}; commit {stamp['commit']}; {stamp['date']}")
-        if why:
-            _say(log, why)
-        outcomes = run_steps(steps, options, log, seconds)
-        _say(log, _summary(outcomes))
-        order = [s.name for s in STEPS]
-        found = sorted([*before, *map(asdict, outcomes)], key=lambda o: order.index(o["step"]))
-        if before:
-            _say(log, "from earlier calls: " + ", ".join(f"{o['step']} {o['status']}" for o in before))
-        _say(log, gpu_record.verdict(options.output, stamp, found, options.device))
+    order = [s.name for s in STEPS]
+    found: list[dict[str, Any]] = []
+
+    def save(outcomes: list[Outcome]) -> None:  # after each step, for calls that are cut off from outside
+        found[:] = sorted([*before, *map(asdict, outcomes)], key=lambda o: order.index(o["step"]))
         write_json(options.output / "run.json", {**stamp, "steps": found})
+
+    # What earlier calls said stays readable.
+    with (options.output / "log.txt").open("a" if before else "w", encoding="utf-8") as log:
+        say(log, f"{stamp['device']['name']}; {stamp['versions']}; commit {stamp['commit']}; {stamp['date']}")
+        if why:
+            say(log, why)
+        outcomes = run_steps(steps, options, log, seconds, save)
+        say(log, summary(outcomes))
+        if before:
+            say(log, "from earlier calls: " + ", ".join(f"{o['step']} {o['status']}" for o in before))
+        say(log, gpu_record.verdict(options.output, stamp, found, options.device))
     bad = any(o.status in ("FAILED", "OUT OF TIME") for o in outcomes)
     return 1 if bad or all(o.status == "skipped" for o in outcomes) else 0
 

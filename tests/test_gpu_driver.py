@@ -21,14 +21,14 @@ from vqkernels import dispatch, tuned
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu, gpu_ops, gpu_peers, gpu_record, gpu_report, gpu_smoke, gpu_stages, gpu_timing  # noqa: E402
+from benchmarks import gpu, gpu_ops, gpu_peers, gpu_record, gpu_report, gpu_smoke, gpu_stages, gpu_steps, gpu_timing  # noqa: E402
 
 CPU = torch.device("cpu")
 PEAKS = {"fp16": 1e12, "tf32": 1e12, "fp32": 1e12, "bytes": 1e11}
 
 
-def step(name: str, seconds: float, *command: str) -> gpu.Step:
-    return gpu.Step(name, seconds, lambda options, left: [sys.executable, *command], "about")
+def step(name: str, seconds: float, *command: str) -> gpu_steps.Step:
+    return gpu_steps.Step(name, seconds, lambda options, left: [sys.executable, *command], "about")
 
 
 HANGS = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
@@ -45,7 +45,7 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
         step("smoke", 20, "-c", "import sys; print('broken'); sys.exit(3)"),
         # A child of the step must not outlive it either.
         step("tests", 1.5, "-c", HANGS),
-        gpu.Step("memcheck", 9, lambda o, s: gpu.NOT_ON_PATH, "about"),
+        gpu_steps.Step("memcheck", 9, lambda o, s: gpu.NOT_FOUND, "about"),
         step("bench", 20, "-c", "print('late')"),
     ]  # fmt: skip
     outcomes = gpu.run_steps(steps, options(tmp_path), log, 60.0)
@@ -54,8 +54,61 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
     assert outcomes[1].note == "exit status 3: broken"
     assert outcomes[2].seconds < 10
     assert "all well" in log.getvalue()
-    assert "!!! memcheck: compute-sanitizer is not on the PATH" in gpu._summary(outcomes)
+    assert "!!! memcheck: there is no compute-sanitizer on the PATH" in gpu_steps.summary(outcomes)
     assert [o.status for o in gpu.run_steps(steps[:1], options(tmp_path), log, 0.0)] == ["OUT OF TIME"]
+
+
+def test_nothing_is_waited_for_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that left the group keeps the pipe open; a driver that is stuck lets no process end."""
+    monkeypatch.setattr(gpu_steps, "GRACE", 0.3)
+    leaves = HANGS.replace("run(", "Popen(").replace("])", "], start_new_session=True)")
+    steps = [step("info", 20, "-c", leaves + "; print('left')"), step("smoke", 20, "-c", "print('late')")]
+    outcomes = gpu.run_steps(steps, options(tmp_path), io.StringIO(), 60.0)
+    assert [(o.status, o.note) for o in outcomes] == [("ok", "left"), ("ok", "late")]
+    assert outcomes[0].seconds < 15
+
+
+def test_what_a_step_leaves_over_goes_to_elastic_ones(tmp_path: Path) -> None:
+    given: list[float] = []
+
+    def command(o: argparse.Namespace, seconds: float) -> str:
+        given.append(seconds)
+        return "nothing to run"
+
+    steps = [gpu_steps.Step(n, s, command, "", elastic=n in "bd") for n, s in zip("abcd", (5, 20, 10, 30), strict=True)]
+    gpu.run_steps(steps, options(tmp_path), io.StringIO(), 100.0)
+    assert given == pytest.approx([5, 20 + 40, 10, 100], abs=1)  # nothing took any time
+    given.clear()
+    gpu.run_steps(steps, options(tmp_path), io.StringIO(), 18.0)
+    assert given == pytest.approx([5, 18, 10, 18], abs=1)
+
+
+def test_a_tool_that_cannot_work_here_has_found_nothing(tmp_path: Path) -> None:
+    code = "import sys; print('Error: Device not supported'); sys.exit(1)"
+    command = [sys.executable, "-c", code]
+    steps = [
+        gpu_steps.Step("memcheck", 20, lambda o, s: command, "", cannot=gpu.REFUSED),
+        step("smoke", 20, "-c", code),
+    ]
+    outcomes = gpu.run_steps(steps, options(tmp_path), io.StringIO(), 60.0)
+    assert [o.status for o in outcomes] == ["skipped", "FAILED"]
+    assert "!!! memcheck: Error: Device not supported: NOTHING WAS CHECKED" in gpu_steps.summary(outcomes)
+    assert {s.name for s in gpu.STEPS if s.cannot} == set(gpu_record.SANITIZERS)
+
+
+def test_output_of_any_encoding_is_kept(tmp_path: Path) -> None:
+    code = r"import sys; sys.stdout.buffer.write(b'broken \xff, \xe2\x88\x9e\n')"
+    (outcome,) = gpu.run_steps([step("info", 20, "-c", code)], options(tmp_path), io.StringIO(), 60.0)
+    assert outcome.note == "broken \ufffd, ∞"
+
+
+def test_a_call_that_is_cut_off_has_recorded_the_steps_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "describe", lambda device: STAMP)
+    show = f"import json; print([o['step'] for o in json.load(open({str(tmp_path / 'run.json')!r}))['steps']])"
+    steps = [step("info", 20, "-c", "print('all well')"), step("smoke", 20, "-c", show)]
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    assert gpu.main(["--device", "cpu", "--output", str(tmp_path), "--steps", "info", "smoke"]) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["steps"][1]["note"] == "['info']"
 
 
 @pytest.mark.parametrize(
@@ -272,16 +325,28 @@ def test_the_sanitizer_runs_the_small_cases_or_says_why_not(monkeypatch: pytest.
     command = next(s.command for s in gpu.STEPS if s.name == "memcheck")
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     cuda = argparse.Namespace(device="cuda")
-    assert command(cuda, 9.0) == gpu.NOT_ON_PATH
+    assert command(cuda, 9.0) == gpu.NOT_FOUND
     # Nothing but steps that did not run is no success.
     monkeypatch.setattr(gpu, "describe", lambda device: STAMP)
-    monkeypatch.setattr(gpu, "STEPS", [gpu.Step("memcheck", 9, lambda o, s: gpu.NOT_ON_PATH, "about")])
+    monkeypatch.setattr(gpu, "STEPS", [gpu_steps.Step("memcheck", 9, lambda o, s: gpu.NOT_FOUND, "about")])
     assert gpu.main(["--device", "cpu", "--output", str(tmp_path), "--steps", "memcheck"]) == 1
     monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/bin/{name}")
     found = command(cuda, 9.0)
+    assert isinstance(found, list)
     assert found[-2:] == ["--device", "cuda"]
     assert found[2:7] == ["/bin/compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     assert command(argparse.Namespace(device="cpu"), 9.0)[-3:] == ["benchmarks.gpu_smoke", "--device", "cpu"]
+
+
+def test_the_sanitizer_is_found_beside_the_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    program = tmp_path / "compute-sanitizer" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    command = next(s.command for s in gpu.STEPS if s.name == "racecheck")(argparse.Namespace(device="cuda"), 9.0)
+    assert command[0] == str(program)
 
 
 def test_ops_are_measured_for_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
