@@ -51,9 +51,11 @@ class ElementwiseQuantizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ElementwiseQuantizer:
         """``.to`` and the like; ``to_empty`` leaves anything in the buffers, and no checkpoint would overwrite it."""
+        before = self._anchor
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._anchor.zero_()
-        self._fill()
+        if self._anchor is not before:  # else a backward may still need what is there
+            self._anchor.zero_()
+            self._fill()
         return self
 
     @abstractmethod
