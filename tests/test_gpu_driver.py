@@ -1,4 +1,4 @@
-"""The driver behind `make gpu`, without a GPU: budgets, failures, what is written. Measurements: test_gpu_measuring.py."""
+"""The driver behind `make gpu`, without a GPU: budgets, failures, what is written. Measurements have their own file."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ SCREENS = ("float64, no screen", "mma.sync screen", "wgmma screen")
 DIRECT, SM80, SM90 = range(3)
 # What VQKERNELS_CUDA_SCREEN leaves in the choice.
 FORCED = {"": SM90, "auto": SM90, "wgmma": SM90, "mma": SM80, "float64": DIRECT}
-# Up to so many products of a row and a code, by dims, everything is decided in float64: one launch instead of nine.
+# Up to so many products of a row and a code, by dims, everything is decided in float64: two launches instead of nine.
 DIRECT_WORK = 2**24
 DIRECT_ROWS = 1024
 TILE_CODES = 128
