@@ -27,6 +27,8 @@ PYTHON = [sys.executable]
 # What runs on the device although it was written for the CPU: tests/conftest.py moves the tensors of every op there.
 TESTS = ("tests/gpu", "tests/ops", "tests/test_functional.py", "tests/test_nn.py", "tests/test_nn_codebook.py",
          "tests/test_nn_state.py")  # fmt: skip
+# A package that one file of tests misses there is no reason to run none.
+OTHERS_GO_ON = ["--continue-on-collection-errors"]
 NOT_FOUND = f"there is no compute-sanitizer on the PATH, in CUDA_HOME or in /usr/local/cuda: {UNCHECKED}"
 # What it says on machines that let no tool near the GPU, whatever the program does.
 REFUSED = "Device not supported"
@@ -58,15 +60,10 @@ def _blocks(options: argparse.Namespace, seconds: float) -> list[str] | str:
 
 
 def _tests(options: argparse.Namespace, seconds: float) -> list[str]:
-    suite = [
-        "-p",
-        "benchmarks.gpu_suite",
-        "--suite-until",
-        f"{time.time() + seconds:.0f}",
-        "-o",
-        "faulthandler_timeout=60",
-    ]
-    command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suite, "-m", "not slow or gpu", *TESTS]
+    until = f"{time.time() + seconds:.0f}"
+    suite = ["-p", "benchmarks.gpu_suite", "--suite-until", until, "-o", "faulthandler_timeout=60"]
+    pytest = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OTHERS_GO_ON, *suite]
+    command = [*pytest, "-m", "not slow or gpu", *TESTS]
     if options.quick:
         return [*command, "-k", "ties"]
     try:
