@@ -192,7 +192,9 @@ def test_loader_refuses_a_library_without_the_functions(
     assert expected in str(reason)
 
 
-def test_loader_says_what_is_wrong_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loader_says_what_is_wrong_with_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     broken = tmp_path / "libvqk_cpu.so"
     for content in (None, b"not a library"):
         if content is not None:
@@ -201,3 +203,16 @@ def test_loader_says_what_is_wrong_with_a_file(tmp_path: Path, monkeypatch: pyte
         library, reason = _native._load.__wrapped__()
         assert library is None
         assert str(broken) in str(reason)
+        assert [(r.levelname, str(reason) in r.getMessage()) for r in caplog.records] == [("WARNING", True)]
+        caplog.clear()
+
+
+def test_a_library_that_was_not_built_is_no_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("VQKERNELS_LIBRARY", raising=False)
+    monkeypatch.setattr("vqkernels.__path__", [str(tmp_path)])
+    library, reason = _native._load.__wrapped__()
+    assert library is None
+    assert "was not built" in str(reason)
+    assert not caplog.records

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import struct
 import sys
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["ABI_VERSION", "ISAS", "Codes", "Rows", "codes", "isa", "lib", "rows", "unavailable"]
+
+log = logging.getLogger("vqkernels")
 
 ABI_VERSION = 4
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
@@ -123,6 +126,17 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or the reason why there is none."""
     try:
         path = _library_path()
+    except OSError as e:
+        return None, str(e)
+    library, reason = _open(path)
+    if library is None:
+        # Unlike a library that was never built, this one was expected to work.
+        log.warning("the native library is not used, which is slow: %s", reason)
+    return library, reason
+
+
+def _open(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    try:
         library = ctypes.CDLL(str(path))
         library.vqk_abi_version.restype = c_int32
         if (found := library.vqk_abi_version()) != ABI_VERSION:

@@ -147,7 +147,7 @@ def unpatch(model: nn.Module) -> list[str]:
     parts = {id(part) for _, module in patched for part in _parts(module, _generated(type(module)))}
     classes = [_without_adapter(type(module)) for _, module in patched]
     for (_, module), cls in zip(patched, classes, strict=True):
-        module.__class__ = cls  # type: ignore[assignment]
+        module.__class__ = cls
     return [path for path, module in patched if id(module) not in parts]
 
 
@@ -250,11 +250,11 @@ def _switch(pairs: list[tuple[nn.Module, type[Adapter]]], fixes: frozenset[str])
     try:
         for module, cls in todo.values():
             before = type(module)
-            module.__class__ = cls  # type: ignore[assignment]
+            module.__class__ = cls
             done.append((module, before))
     except BaseException:
         for module, before in done:
-            module.__class__ = before  # type: ignore[assignment]
+            module.__class__ = before
         raise
 
 

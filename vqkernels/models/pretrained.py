@@ -32,10 +32,11 @@ class _Config(Protocol):
 def safetensors_torch() -> ModuleType:
     """``safetensors.torch``, or an ImportError that says what to install."""
     try:
-        import safetensors.torch as module
+        import safetensors.torch
     except ImportError as e:
         raise ImportError("saving and loading models needs safetensors: pip install 'vqkernels[train]'") from e
-    return module  # type: ignore[no-any-return]
+    module: ModuleType = safetensors.torch
+    return module
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -51,5 +51,5 @@ def ms_ssim_loss(images: Tensor, reconstruction: Tensor) -> Tensor:
         raise ValueError(f"images has shape {tuple(images.shape)}; MS-SSIM expects sides of at least {KERNEL}")
     total = sum(BETAS[:scales])
     betas = tuple(b / total * sum(BETAS) for b in BETAS[:scales])
-    value: Tensor = ms_ssim(reconstruction.float(), images.float(), data_range=1.0, betas=betas, normalize="simple")  # type: ignore[assignment]
+    value: Tensor = ms_ssim(reconstruction.float(), images.float(), data_range=1.0, betas=betas, normalize="simple")
     return 1 - value

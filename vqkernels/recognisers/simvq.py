@@ -49,7 +49,7 @@ class SimVQRepository(Adapter):
     ) -> Any:
         module: Any = self
         if temp not in (None, 1.0) or rescale_logits or return_logits:
-            return super().forward(z, temp, rescale_logits, return_logits)  # type: ignore[misc]  # its assertion
+            return super().forward(z, temp, rescale_logits, return_logits)  # its assertion
         out = quantize_map(z, module.embedding_proj(module.embedding.weight), self.dims)
         loss, indices = weighted_loss(module, out), shaped_indices(module, out.indices, z)
         # The named tuple is defined in the original's file.

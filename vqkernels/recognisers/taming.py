@@ -46,7 +46,7 @@ class Quantizer2(Adapter):
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             # The original's assertion, in its words.
             refused: tuple[Tensor, Tensor, tuple[None, None, Tensor]]
-            refused = super().forward(z, temp, rescale_logits, return_logits)  # type: ignore[misc]
+            refused = super().forward(z, temp, rescale_logits, return_logits)
             return refused
         return _forward2(self, z)
 

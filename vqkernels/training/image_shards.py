@@ -160,11 +160,11 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tuple[tarfile.TarInfo, int
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # or it remembers all of them
-            yield member, tar.offset  # type: ignore[attr-defined]
+            yield member, tar.offset
         # tarfile takes a damaged header for the end.
-        file.seek(tar.offset)  # type: ignore[attr-defined]
+        file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"damaged at byte {tar.offset}")  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"damaged at byte {tar.offset}")
 
 
 def _is_image(member: tarfile.TarInfo, column: str) -> bool:
