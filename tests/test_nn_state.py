@@ -46,6 +46,9 @@ LAYOUTS: dict[str, dict[str, Tensor]] = {
     "taming": {"embedding.weight": CODES},
     "llamagen": {"embedding.weight": CODES, "codebook_used": torch.zeros(65536)},
     "dac": {"codebook.weight": CODES},
+    "tutorial": {"embeddings.weight": CODES},
+    "notebook": {"_embedding.weight": CODES},
+    "notebook, moving average": {"_embedding.weight": CODES, "_ema_cluster_size": SIZE, "_ema_w": AVERAGE},
     "lucidrains": {
         "_codebook.initted": torch.tensor(True),
         "_codebook.cluster_size": SIZE[None],

@@ -3,6 +3,9 @@
 Called by :meth:`vqkernels.nn.VectorQuantizer.load_state_dict`. Layouts (keys below the quantizer's own prefix):
 
 * ``embedding.weight`` (K, D): taming-transformers, LDM, LlamaGen, diffusers, transformers' Chameleon/Janus, VAR
+* ``embeddings.weight`` (K, D): tutorials
+* ``_embedding.weight`` (K, D), with a moving average ``_ema_cluster_size`` and ``_ema_w`` (K, D): the VQ-VAE notebook
+  of zalandoresearch/pytorch-vq-vae and its many copies
 * ``codebook.weight`` (K, D): descript-audio-codec and transformers' DAC
 * ``_codebook.embed`` (H, K, D), ``.cluster_size``, ``.embed_avg``, ``.initted``: vector-quantize-pytorch
 * ``embed`` (K, D), ``cluster_size``, ``embed_avg``, ``inited``, also below ``codebook.`` or ``_codebook.``: EnCodec
@@ -23,7 +26,8 @@ from torch import Tensor
 
 __all__ = ["rename_levels", "rename_parts", "translate"]
 
-_WEIGHTS = ("embedding.weight", "codebook.weight")
+_WEIGHTS = ("embedding.weight", "embeddings.weight", "_embedding.weight", "codebook.weight")
+_NOTEBOOK = {"cluster_size": "_ema_cluster_size", "embed_avg": "_ema_w"}
 _PREFIXES = ("", "_codebook.", "codebook.")
 _FLAGS = ("initted", "inited", "initialized", "_initialized")
 # Counters of the last tokens seen, which mean nothing here.
@@ -43,7 +47,9 @@ def translate(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     dropped = [key for key in _DROPPED if key in state]
     for key in _WEIGHTS:
         if key in state:
-            return {"codebook": state[key]}, [key, *dropped]
+            averages = {name: k for name, k in _NOTEBOOK.items() if k in state}
+            found = {"codebook": state[key]} | {name: state[k] for name, k in averages.items()}
+            return found, [key, *averages.values(), *dropped]
     for prefix in _PREFIXES:
         names = {name: prefix + name for name in ("cluster_size", "embed_avg") if prefix + name in state}
         flag = next((prefix + name for name in _FLAGS if prefix + name in state), None)
