@@ -82,6 +82,9 @@ class Progress:
         os.write(self.terminal, f"{text}\n".encode())
 
     def pytest_sessionstart(self) -> None:
+        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.until is not None:
             self.timer = threading.Timer(max(1.0, self.until - MARGIN - time.time()), self.stop)
             self.timer.daemon = True

@@ -63,9 +63,10 @@ WAYS = [pytest.param([], id="one process"), pytest.param(["-n", "2"], id="worker
 
 
 def suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """pytest with the plugin, on the files in a folder."""
+    """pytest with the plugin, on the files in a folder; without SIGINT, as in a shell's background job."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_suite"]
+    command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_suite"]
     return subprocess.run([*command, *arguments, "."], cwd=folder, env=environment, capture_output=True, text=True,
                           check=False, timeout=120)  # fmt: skip
 
