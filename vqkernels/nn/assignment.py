@@ -112,10 +112,8 @@ class _SoftUsage(torch.autograd.Function):
         x, codes, weight = ctx.saved_tensors
         dx, de = torch.zeros_like(x), torch.zeros_like(codes)
         factor = (2.0 if ctx.squared else 1.0) / ctx.temperature
-        with (
-            torch.no_grad(),
-            torch.autocast(arguments.autocast_kind(x), enabled=False),
-        ):  # backward may be called inside of it
+        # Backward may be called inside of an autocast.
+        with torch.no_grad(), torch.autocast(arguments.autocast_kind(x), enabled=False):
             for head, block in blocks(x, codes):
                 log_p, p, each = softmax_of_scores(x[head, block], codes[head], ctx.squared, ctx.temperature)
                 v = grad_usage[head]

@@ -54,10 +54,8 @@ class Projection(nn.Linear):
         if x.device != self.weight.device:
             raise ValueError(f"z is on {x.device}, the projection on {self.weight.device}; expected one device")
         # Autocast brings both to one dtype, but leaves float64 as it is.
-        cast = torch.is_autocast_enabled(arguments.autocast_kind(x)) and torch.float64 not in (
-            x.dtype,
-            self.weight.dtype,
-        )
+        dtypes = (x.dtype, self.weight.dtype)
+        cast = torch.is_autocast_enabled(arguments.autocast_kind(x)) and torch.float64 not in dtypes
         if x.dtype != self.weight.dtype and not cast:
             x = x.to(self.weight.dtype)
         return super().forward(x.movedim(1, -1)).movedim(-1, 1) if first else super().forward(x)
