@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import stat
 import sys
@@ -20,6 +21,14 @@ from vqkernels import _native, dispatch, ops
 if os.environ.get("VQKERNELS_REQUIRE_NATIVE") == "1" and (_reason := _native.unavailable()) is not None:
     # Tests are parametrised over what is there: without this, a library that does not load would leave the suite green.
     raise RuntimeError(f"VQKERNELS_REQUIRE_NATIVE=1, but the native library is not available: {_reason}")
+
+
+# What processes that tests fork (multiprocessing's "forkserver") need: imported once, in the process that forks them.
+FOR_FORKS = [
+    "torch", "torch._dynamo", "torch.distributed", "accelerate", "jinja2", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "PIL.Image", "safetensors.torch", "skimage.data", "sklearn.datasets",
+    "torchmetrics.functional.image", "tqdm", "vqkernels.training.evaluate", "vqkernels.training.loop",
+]  # fmt: skip
 
 
 def keep_bytecode() -> None:
@@ -55,6 +64,7 @@ def pytest_configure() -> None:
     lay out their results differently since: then a test fails because of another version, tested earlier or beside it.
     """
     keep_bytecode()
+    multiprocessing.set_forkserver_preload(FOR_FORKS)
     # One process compiles what several want, and the others wait: on a busy machine for more than the usual 600 s.
     os.environ.setdefault("TORCHINDUCTOR_FILE_LOCK_TIMEOUT", "3600")
     version = hashlib.sha256()

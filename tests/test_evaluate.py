@@ -17,7 +17,7 @@ import scipy.ndimage
 import torch
 from PIL import Image
 
-from tests.killed import kill_at_random
+from tests.commands import kill_at_random
 from vqkernels.cli import main
 from vqkernels.models import build_model, load_model
 from vqkernels.training import TrainingError, figures, quality, stability

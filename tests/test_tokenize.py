@@ -6,17 +6,15 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.killed import kill_at_random
+from tests.commands import Command, kill_at_random
 from vqkernels.cli import main
 from vqkernels.models import TokenStream, build_model
 from vqkernels.training import TrainingError
@@ -44,13 +42,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """500 images: crops of photographs in three sizes, in two folders."""
+    """300 images: crops of photographs in three sizes, in two folders."""
     from vqkernels.training.data import built_in_photographs
 
     folder = tmp_path_factory.mktemp("photographs")
     images = built_in_photographs(48).train
     (folder / "a").mkdir()
-    for i in range(500):
+    for i in range(300):
         draw = np.random.Generator(np.random.Philox(key=[1, i]))
         pixels = images[i % 12]
         height, width = ((32, 32), (32, 48), (33, 50))[i % 3]
@@ -67,16 +65,10 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def expected(model: str, photographs: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("expected") / "tokens"
-    manifest = tokenize(TokenizeConfig(model, photographs, str(output), shard_size=64), say=quiet)
+    manifest = tokenize(TokenizeConfig(model, photographs, str(output), shard_size=40), say=quiet)
     assert manifest is not None
-    assert manifest["images_done"] == 500
+    assert manifest["images_done"] == 300
     return output
-
-
-def run(arguments: list[str], env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
-    # Threads differ on purpose: tokens must not.
-    command = [sys.executable, "-m", "vqkernels", *arguments]
-    return subprocess.Popen(command, env=os.environ | (env or {}), text=True, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
@@ -84,7 +76,7 @@ def test_files_do_not_depend_on_batch_size_or_workers(
     expected: Path, model: str, photographs: str, tmp_path: Path, batch_size: int
 ) -> None:
     config = TokenizeConfig(
-        model, photographs, str(tmp_path / "t"), shard_size=64, batch_size=batch_size, workers=batch_size
+        model, photographs, str(tmp_path / "t"), shard_size=40, batch_size=batch_size, workers=batch_size
     )
     tokenize(config, say=quiet)
     assert contents(tmp_path / "t") == contents(expected)
@@ -95,15 +87,13 @@ def test_files_do_not_depend_on_batch_size_or_workers(
 def test_files_do_not_depend_on_the_number_of_processes(
     expected: Path, model: str, photographs: str, tmp_path: Path, world: int, batch_size: int
 ) -> None:
-    options = ["tokenize", model, "--images", photographs, "--output", str(tmp_path / "t"), "--shard-size", "64"]
+    options = ["tokenize", model, "--images", photographs, "--output", str(tmp_path / "t"), "--shard-size", "40"]
     options += ["--batch-size", str(batch_size)]
-    processes = [
-        run(options, {"RANK": str(r), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": str(1 + r)}, stdout=subprocess.PIPE)
-        for r in range(world)
-    ]
-    outputs = [p.communicate(timeout=300)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0] * world
-    assert any("500 images," in text for text in outputs)
+    # Threads differ on purpose: tokens must not.
+    started = [Command(options, {"RANK": str(r), "WORLD_SIZE": str(world)}, threads=1 + r) for r in range(world)]
+    statuses, outputs, _ = zip(*(command.finish() for command in started), strict=True)
+    assert statuses == (0,) * world
+    assert any("300 images," in text for text in outputs)
     assert contents(tmp_path / "t") == contents(expected)
 
 
@@ -127,7 +117,7 @@ def test_round_trip_gives_the_models_own_reconstruction(
     from vqkernels.models import load_model
 
     found = detokenize(str(expected), model, str(tmp_path / "r"), say=quiet)
-    assert found == {"written": 500, "kept": 0, "damaged": 0}
+    assert found == {"written": 300, "kept": 0, "damaged": 0}
     loaded = load_model(f"{model}/model")
     for name in ("000.png", "a/001.png"):
         pixels = np.asarray(Image.open(Path(photographs) / name))
@@ -146,14 +136,14 @@ def test_round_trip_gives_the_models_own_reconstruction(
 def test_killed_at_any_moment_it_ends_with_the_same_files(
     expected: Path, model: str, photographs: str, tmp_path: Path
 ) -> None:
-    options = ["tokenize", model, "--images", photographs, "--output", str(tmp_path / "t"), "--shard-size", "64"]
+    options = ["tokenize", model, "--images", photographs, "--output", str(tmp_path / "t"), "--shard-size", "40"]
     draw, hits = random.Random(0), 0
     for i in range(10):
         hits += kill_at_random(options, draw, working=i % 3 < 2)
         for path in (tmp_path / "t").glob("tokens-*"):  # nothing damaged under a final name
             assert sha256(path) == sha256(expected / path.name)
     assert hits >= 3  # it takes about as long as three of them together
-    tokenize(TokenizeConfig(model, photographs, str(tmp_path / "t"), shard_size=64), say=quiet)
+    tokenize(TokenizeConfig(model, photographs, str(tmp_path / "t"), shard_size=40), say=quiet)
     assert contents(tmp_path / "t") == contents(expected)
 
 
@@ -166,9 +156,9 @@ def test_a_damaged_shard_is_found_and_made_again(expected: Path, model: str, pho
     said: list[str] = []
     found = detokenize(str(tmp_path / "t"), model, str(tmp_path / "r"), say=said.append)
     assert found["damaged"] == 1
-    assert found["written"] == 500 - 64
+    assert found["written"] == 300 - 40
     assert any(path.name in line and "damaged" in line for line in said)
-    tokenize(TokenizeConfig(model, photographs, str(tmp_path / "t"), shard_size=64), say=said.append)
+    tokenize(TokenizeConfig(model, photographs, str(tmp_path / "t"), shard_size=40), say=said.append)
     assert contents(tmp_path / "t") == contents(expected)
     path.write_bytes(b"")
     assert main(["detokenize", str(tmp_path / "t"), "--model", model, "--output", str(tmp_path / "r")]) == 1
@@ -238,7 +228,7 @@ def test_damaged_data_sets_are_one_error_and_damaged_images_in_them_are_skipped(
 
 
 def test_parquet_holds_the_same_tokens(expected: Path, model: str, photographs: str, tmp_path: Path) -> None:
-    config = TokenizeConfig(model, photographs, str(tmp_path / "t"), shard_size=64, format="parquet")
+    config = TokenizeConfig(model, photographs, str(tmp_path / "t"), shard_size=40, format="parquet")
     manifest = tokenize(config, say=quiet)
     assert manifest is not None
     for a, b in zip(sorted(expected.glob("tokens-*")), sorted((tmp_path / "t").glob("tokens-*")), strict=True):
