@@ -105,7 +105,7 @@ def worker(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found; they are started once, which costs more than all they do."""
     folder = tmp_path_factory.mktemp("ddp")
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    mp.start_processes(worker, (str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

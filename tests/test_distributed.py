@@ -121,7 +121,7 @@ def worker(rank: int, size: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("sharded")
-    mp.spawn(worker, (request.param, str(folder)), nprocs=request.param)
+    mp.start_processes(worker, (request.param, str(folder)), nprocs=request.param, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

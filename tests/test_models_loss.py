@@ -308,7 +308,7 @@ def work(rank: int, file: str, results: Any) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one_on_the_joined_batch(tmp_path: Path) -> None:
     results = tmp_path / "state.pt"
-    mp.spawn(work, args=(str(tmp_path / "store"), str(results)), nprocs=2)  # type: ignore[no-untyped-call]
+    mp.start_processes(work, args=(str(tmp_path / "store"), str(results)), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
     got = torch.load(results)
     want = gan_steps(*make())
     start = make()

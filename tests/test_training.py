@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.commands import Command
 from vqkernels.cli import main
 from vqkernels.models import VQVAE
 from vqkernels.training import TrainConfig, TrainingError, data, loop, plots, train
@@ -390,17 +391,21 @@ def test_command_line_trains_and_resumes(photos: Path, tmp_path: Path, capfd: py
 def test_two_processes_train_like_one(photos: Path, tmp_path: Path) -> None:
     sizes = ("--image-size", "32", "--batch-size", "8", "--codes", "9", "--dim", "4", "--base-channels", "8")
     arguments = ("train", "--data", str(photos), *sizes, "--steps", "4", "--device", "cpu", "--log-every", "2")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    for name, how in (("one", ()), ("two", launch)):
-        command = [sys.executable, "-m", *how, "vqkernels", *arguments, "--output", str(tmp_path / name)]
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert found.returncode == 0, found.stderr
-        assert found.stdout.count("held-out: PSNR") == 1
-    one, two = weights(str(tmp_path / "one")), weights(str(tmp_path / "two"))
-    assert one.keys() == two.keys()
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    one = Command([*arguments, "--output", str(tmp_path / "one")]).finish()
+    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vqkernels")
+    two = subprocess.run(
+        [sys.executable, "-m", *launch, *arguments, "--output", str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    for status, out, err in (one, (two.returncode, two.stdout, two.stderr)):
+        assert status == 0, err
+        assert out.count("held-out: PSNR") == 1
+    alone, together = weights(str(tmp_path / "one")), weights(str(tmp_path / "two"))
+    assert alone.keys() == together.keys()
+    for key in alone:
+        torch.testing.assert_close(
+            together[key], alone[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
     history = [without_timing(str(tmp_path / name))["history"]["train"] for name in ("one", "two")]
     assert [line["reconstruction"] for line in history[1]] == pytest.approx(
         [line["reconstruction"] for line in history[0]], rel=1e-4

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -15,10 +17,11 @@ from typing import Any
 import pytest
 import small_vqgan
 import torch
+import torch.multiprocessing as mp
 from small_vqgan import MODEL, quiet, same, started, tensors, without_timing
 
 from vqkernels.models import load_model
-from vqkernels.training import TrainConfig, loop, train
+from vqkernels.training import TrainConfig, loop, plots, train
 from vqkernels.training.checkpoint import load_checkpoint
 
 # Fixtures, the last one for every test here.
@@ -167,37 +170,51 @@ def test_killed_at_ten_moments_it_ends_with_the_same_bits(config: TrainConfig, t
     assert not list(Path(killed.output).rglob(".*.tmp"))
 
 
-# A gradient that is nothing but rounding still makes Adam take a step of full length, and a code that flips changes
-# more than rounding: both runs would part whatever computes them. A larger eps makes the steps a smooth function of
-# the gradients, a small rate keeps the runs together long enough to be compared.
-SMOOTH = """
-import functools, sys, torch
-torch.optim.Adam = functools.partial(torch.optim.Adam, eps=1e-3)
-from vqkernels.cli import main
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
+def smooth(patch: pytest.MonkeyPatch) -> None:
+    """Make the steps a smooth function of the gradients.
+
+    A gradient that is nothing but rounding still makes Adam take a step of full length, and a code that flips changes
+    more than rounding: both runs would part whatever computes them. A larger eps prevents it, a small rate keeps the
+    runs together long enough to be compared.
+    """
+    patch.setattr(torch.optim, "Adam", functools.partial(torch.optim.Adam, eps=1e-3))
+
+
+def one_of_two(rank: int, config: TrainConfig, port: int) -> None:
+    """What torchrun starts, without another three interpreters; test_training.py has torchrun itself."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        smooth(patch)
+        patch.setattr(plots, "curves", lambda path, *_: path.write_bytes(b""))
+        train(config, say=said.append)
+    Path(config.output, f"said-{rank}").write_text("\n".join(said))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "smooth.py"
-    script.write_text(SMOOTH)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     found = {}
-    for name, how in (("one", ()), ("two", launch)):
+    for name in ("one", "two"):
         found[name] = replace(
             config, output=str(tmp_path / name), steps=20, log_every=5, eval_every=20, checkpoint_every=20,
             lr=3e-5, discriminator_lr=3e-5, batch_size=8, average=0.9, accumulate=2, clip=1.0,
             loss={"discriminator_start": 3, "lecam": 0.1, "r1": 0.5},
         )  # fmt: skip
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(json.dumps(found[name].to_dict()))
-        command = [sys.executable, *how, str(script), "--config", str(file)]
-        done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("held-out: PSNR") == 1
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        smooth(patch)
+        train(found["one"], say=said.append)
+    mp.start_processes(one_of_two, (found["two"], free_port()), nprocs=2, start_method="forkserver")
+    said_by_two = [Path(found["two"].output, f"said-{rank}").read_text() for rank in range(2)]
+    for lines in ("\n".join(said), "".join(said_by_two)):
+        assert lines.count("held-out: PSNR") == 1
     one, two = tensors(found["one"]), tensors(found["two"])
     assert one.keys() == two.keys()
     assert any(name.startswith("discriminator.") for name in one)

@@ -149,7 +149,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder: Path = tmp_path_factory.mktemp("patched")
     sent = VectorQuantize(dim=D, codebook_size=13)
     vqkernels.patch(sent)
-    mp.spawn(worker, (str(folder), pickle.dumps(sent)), nprocs=2)
+    mp.start_processes(worker, (str(folder), pickle.dumps(sent)), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
