@@ -74,10 +74,16 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the PTX machine, and on it, are marked by their files' names: `make emulate` runs them."""
+    """Tests of the PTX machine, and on it, are marked by their files' names: `make emulate` runs them.
+
+    Files with slow tests come first: quick ones are left for the end, so that no process waits long for another. A file
+    stays together, as its tests share what they built.
+    """
     for item in items:
         if item.path.name.startswith("test_ptx_"):
             item.add_marker("emulated")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def available_backends() -> list[str]:
