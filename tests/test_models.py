@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vqkernels._files import replace_file
 from vqkernels.models import VQVAE, Decoder, Encoder, ResidualBlock, VQVAEConfig
-from vqkernels.models.pretrained import replace_file
 
 
 def small(**changes: object) -> VQVAEConfig:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from tests.commands import Command
+from vqkernels import _files
 from vqkernels.cli import main
 from vqkernels.models import VQVAE
 from vqkernels.training import TrainConfig, TrainingError, data, loop, plots, train
@@ -145,7 +146,8 @@ def test_resuming_after_a_sudden_end(config: TrainConfig, tmp_path: Path, monkey
             stop_at(step, patch, die)
             with pytest.raises(Killed):
                 train(killed, resume=step > 2, say=quiet)
-    leftover = Path(killed.output) / ".checkpoint.safetensors.123.tmp"  # what a kill in the middle of a write leaves
+    # What a kill in the middle of a write leaves; no process has this number.
+    leftover = Path(killed.output) / f".checkpoint.safetensors.{_files._machine()}.{2**30}.tmp"
     leftover.write_bytes(b"half")
     train(killed, resume=True, say=quiet)
     assert not leftover.exists()

@@ -6,7 +6,6 @@ Called by users; :mod:`vqkernels.nn.checkpoints` knows the names to read. Codes 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vqkernels._arguments import check_choice, shape_of
+from vqkernels._files import replacing
 from vqkernels.nn.checkpoints import translate
 
 __all__ = ["LAYOUTS", "convert", "convert_file", "find_codebooks"]
@@ -291,6 +291,8 @@ def _translated(own: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tenso
 def convert_file(source: str | os.PathLike[str], destination: str | os.PathLike[str], to: str, **options: Any) -> None:
     """:func:`convert` from a file to a file; the new file is there whole or not at all.
 
+    A destination that is there already keeps its permissions; of a link, the file that it leads to is replaced.
+
     Args:
         source: ``.safetensors``, or what ``torch.load(..., weights_only=True)`` reads: a state_dict, or a dict with one
             under ``"state_dict"``.
@@ -312,25 +314,17 @@ def convert_file(source: str | os.PathLike[str], destination: str | os.PathLike[
     except Exception as e:  # safetensors' own type, UnpicklingError, EOFError, KeyError, ...: whatever damage leads to
         raise ValueError(f"{source} cannot be read, it is damaged or holds more than tensors: {e!r}") from e
     converted = convert(state, to, **options)
-    handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        if destination.suffix == ".safetensors":
-            _safetensors().save_file(_unshared(converted), name, metadata={"format": "pt", **metadata})
-        else:
-            torch.save(converted, name)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, destination)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """What the process takes away from new files; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with replacing(destination) as temporary:
+        try:
+            if destination.suffix == ".safetensors":
+                _safetensors().save_file(_unshared(converted), temporary, metadata={"format": "pt", **metadata})
+            else:
+                with open(temporary, "wb") as file:  # by its name, torch would write that into the file
+                    torch.save(converted, file)
+        except (ImportError, OSError):
+            raise
+        except Exception as e:  # safetensors' own type, or a RuntimeError of torch about positions in the file
+            raise OSError(f"{destination} cannot be written, is the disk full? ({e})") from e
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -7,12 +7,15 @@ sets ``run=callable(args) -> int``; it imports nothing heavy at its top, so that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import pkgutil
 import sys
 from collections.abc import Sequence
 
+from vqkernels.dispatch import Unsupported
 from vqkernels.info import version
 
 __all__ = ["main"]
@@ -22,9 +25,14 @@ examples:
   vqkernels info                  what runs where, and why not: versions, instruction sets, every op x backend
   vqkernels train                 train a small VQ-VAE on photographs that ship with scikit-image and scikit-learn
   vqkernels train --data FOLDER   the same on your images
+  vqkernels evaluate runs/demo    measure what was trained: one HTML page
+  vqkernels tokenize runs/demo    images to tokens, and with detokenize back
   vqkernels tune                  measure launch configurations of the Triton kernels on this GPU
   vqkernels bench                 compare with other libraries (from a source checkout)
 """
+
+# What brings the modules that a command imports.
+EXTRAS = {"bench": "bench", "tune": "triton"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         vqkernels ...
         0
     """
+    _mend_streams()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # A command that sets `forward` hands what it does not know to another parser.
@@ -81,15 +90,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         if args.debug or (e.name or "").partition(".")[0] == "vqkernels":
             raise
-        reason = f"{e.name} is not installed; try: pip install 'vqkernels[{args.command}]'"
-    except (OSError, ValueError) as e:
+        reason = f"{e.name} is not installed; try: pip install 'vqkernels[{EXTRAS.get(args.command, 'train')}]'"
+    except (OSError, ValueError, Unsupported) as e:
         if isinstance(e, BrokenPipeError) and _reader_left():
             return 141
         if args.debug:
             raise
         reason = str(e)
-    print(f"vqkernels {args.command}: error: {reason}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr is full, too
+        print(f"vqkernels {args.command}: error: {' '.join(reason.split())}", file=sys.stderr)
     return 2
+
+
+def _mend_streams() -> None:
+    """Streams that take whatever is said: closed ones lead nowhere, and what an encoding lacks is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _reader_left() -> bool:

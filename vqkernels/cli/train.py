@@ -204,10 +204,6 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, "debug", False):
             raise
         return _fail(str(e), 2)
-    except OSError as e:  # a full or vanished disk
-        if getattr(args, "debug", False):
-            raise
-        return _fail(str(e), 2)
     except Interrupted as e:
         return _fail(str(e), 130)
     return 0

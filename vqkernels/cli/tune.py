@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vqkernels import _triton, tuned
+from vqkernels._files import replace_file
 from vqkernels.ops import nearest
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def write(folder: Path, device_name: str, chosen: dict[str, dict[str, int]], fac
     """One JSON file per device, which :func:`vqkernels.tuned.load` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{tuned.slug(device_name)}.json"
-    path.write_text(json.dumps({"device": device_name, "nearest": chosen, "measured": facts}, indent=2) + "\n")
+    text = json.dumps({"device": device_name, "nearest": chosen, "measured": facts}, indent=2) + "\n"
+    replace_file(path, text.encode())
     tuned.clear_cache()
     return path

@@ -15,9 +15,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vqkernels._files import replace_file
 from vqkernels.models.compression import compress, expand
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Pretrained", "load_weights", "replace_file"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Pretrained", "load_weights"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -37,27 +38,6 @@ def safetensors_torch() -> ModuleType:
         raise ImportError("saving and loading models needs safetensors: pip install 'vqkernels[train]'") from e
     module: ModuleType = safetensors.torch
     return module
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` under a temporary name, flush it to the disk, and rename it to ``path``.
-
-    Args:
-        path: the final name; what was there is replaced in one step or not at all.
-        data: the whole content.
-
-    Raises:
-        OSError: the folder cannot be written; the old file, if any, is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

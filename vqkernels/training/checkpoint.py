@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqkernels.models.pretrained import load_weights, replace_file
+from vqkernels._files import replace_file
+from vqkernels.models.pretrained import load_weights
 from vqkernels.training.config import TrainingError, require
 
 __all__ = ["FORMAT", "load_checkpoint", "optimizer_tensors", "restore_model", "restore_optimizer", "save_checkpoint"]

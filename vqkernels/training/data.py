@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -256,8 +257,9 @@ def image_folder(folder: str, size: int, resize: int | None = None, held_out: fl
 
 def name_below(root: Path, path: Path) -> str:
     """An image's name: its path in ``root`` with slashes; bytes that are no UTF-8, which no file of ours could hold,
-    are escaped, as ``\\xe9``."""
-    return path.relative_to(root).as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    are escaped, as ``\\xe9``. A name that looks like that already has its backslash escaped: no two are the same."""
+    plain = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", path.relative_to(root).as_posix())
+    return plain.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def hold_out(names: Sequence[str], share: float) -> set[str]:
@@ -276,7 +278,7 @@ def image_paths(root: Path, skipped: list[tuple[str, str]]) -> Iterator[Path]:
     def report(error: OSError) -> None:
         if error.filename == str(root):
             raise TrainingError(f"{root} cannot be read: {error.strerror}") from error
-        skipped.append((str(Path(error.filename).relative_to(root)), str(error.strerror)))
+        skipped.append((name_below(root, Path(error.filename)), str(error.strerror)))
 
     for folder, folders, files in os.walk(root, onerror=report):
         folders[:] = [name for name in folders if not name.startswith(".")]

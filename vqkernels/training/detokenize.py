@@ -9,18 +9,18 @@ import io
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from vqkernels._files import replace_file, sweep
 from vqkernels.models import TokenModel
-from vqkernels.models.pretrained import replace_file
 from vqkernels.training.config import TrainingError, require
+from vqkernels.training.run_folder import check_output
 from vqkernels.training.token_shards import VERSION, ImageTokens, Shard, read_shard, sha256
-from vqkernels.training.tokenize import MANIFEST, one_thread, open_saved, process
+from vqkernels.training.tokenize import MANIFEST, one_thread, open_saved, process, side_by_side
 
 __all__ = ["detokenize", "read_manifest"]
 
@@ -59,14 +59,15 @@ def detokenize(
         raise TrainingError(f"{folder} holds tokens of another model than {model}: their SHA-256 differ")
     if [asdict(s) for s in loaded.streams] != manifest["streams"]:
         raise TrainingError(f"{folder} was made with other token streams than {model} has")
-    if target.exists() and not target.is_dir():
-        raise TrainingError(f"output {target} is a file, not a folder")
+    check_output(target)
+    for place, _, _ in os.walk(target):
+        sweep(Path(place))
     found = {"written": 0, "kept": 0, "damaged": 0}
     mine = manifest["shards"][rank::world]
     progress = require("tqdm").tqdm(
         total=sum(s["images"] for s in mine), unit="image", desc="decoding", disable=rank != 0, dynamic_ncols=True
     )
-    with progress, one_thread() as threads, ThreadPoolExecutor(workers or threads) as pool:
+    with progress, one_thread() as threads, side_by_side(workers or threads) as pool:
         for entry in mine:
             try:
                 shard = _checked(folder / entry["file"], entry)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqkernels._files import sweep
 from vqkernels.models import TokenModel
 from vqkernels.nn import statistics
 from vqkernels.training import quality, stability
 from vqkernels.training.config import TrainingError, require
 from vqkernels.training.image_source import ImageSource, fit, open_source
 from vqkernels.training.report import write_report
-from vqkernels.training.run_folder import write_json
-from vqkernels.training.tokenize import one_thread, open_saved
+from vqkernels.training.run_folder import check_output, write_json
+from vqkernels.training.tokenize import one_thread, open_saved, side_by_side
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
@@ -88,8 +88,7 @@ def evaluate(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> d
     for name in ("torchmetrics", "matplotlib", "jinja2", "tqdm"):
         require(name)
     folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"output {folder} is a file, not a folder")
+    check_output(folder)
     source = open_source(config.images, size=config.size, column=config.column, split=config.split)
     numbers = _spread(len(source.names), config.limit)
     opened = [(name, *open_saved(name, config.device)) for name in config.models]
@@ -98,6 +97,8 @@ def evaluate(config: EvaluateConfig, *, say: Callable[[str], None] = print) -> d
             raise TrainingError(f"size is {config.size}; expected a multiple of {model.multiple}")
     try:
         (folder / "parts").mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        sweep(folder / "parts")
     except OSError as e:
         raise TrainingError(f"output {folder} cannot be written: {e.strerror or e}") from e
     results = []
@@ -181,7 +182,7 @@ class _Measurement:
         """Measure."""
         skipped, names, found = [], [], []
         progress = require("tqdm").tqdm(total=len(self.numbers), desc=self.label, unit="image", dynamic_ncols=True)
-        with progress, one_thread() as threads, ThreadPoolExecutor(self.config.workers or threads) as pool:
+        with progress, one_thread() as threads, side_by_side(self.config.workers or threads) as pool:
             for number, one in zip(self.numbers, pool.map(self._measure, self.numbers), strict=True):
                 if isinstance(one, str):
                     skipped.append([self.source.names[number], one])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vqkernels.models.pretrained import replace_file
+from vqkernels._files import replace_file
 from vqkernels.training.config import require
 
 __all__ = ["GAP", "MARGIN", "curves", "sample_grid", "tile_position"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import vqkernels
+from vqkernels._files import replace_file
 from vqkernels.models import TokenModel
-from vqkernels.models.pretrained import replace_file
 from vqkernels.training import figures
 from vqkernels.training.config import require
 from vqkernels.training.image_source import ImageSource, fit

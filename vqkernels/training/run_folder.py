@@ -6,14 +6,15 @@ Called by :mod:`vqkernels.training.loop` and :mod:`vqkernels.cli.train` before a
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from vqkernels.models.pretrained import replace_file
+from vqkernels._files import replace_file, sweep
 from vqkernels.training.config import FREE_ON_RESUME, TrainConfig, TrainingError
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "check_output", "write_json"]
 
 FORMAT = "vqkernels-train-1"
 
@@ -67,8 +68,7 @@ class RunFolder:
         Raises:
             TrainingError: the path is a file, or another or an unfinished run lives here.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise TrainingError(f"output {self.path} is a file, not a folder")
+        check_output(self.path)
         if overwrite or not (self.config.exists() or self.checkpoint.exists()):
             return
         hint = "use --output for another folder, --resume to go on, or --overwrite to start again"
@@ -93,6 +93,7 @@ class RunFolder:
         Raises:
             TrainingError: there is no run here, or ``config`` differs where it must not.
         """
+        check_output(self.path)
         old, new = self.read_config().to_dict(), config.to_dict()
         changed = [name for name in old if old[name] != new[name] and name not in FREE_ON_RESUME]
         if changed:
@@ -102,8 +103,7 @@ class RunFolder:
     def sweep(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
         for folder in (self.path, self.model, self.best):
-            for file in folder.glob(".*.tmp"):
-                file.unlink(missing_ok=True)
+            sweep(folder)
 
     def start(self, config: TrainConfig) -> None:
         """Make the folder, remove what an earlier run left (only files of ours), write the config.
@@ -121,6 +121,22 @@ class RunFolder:
             self.write_config(config)
         except OSError as e:
             raise TrainingError(f"output {self.path} cannot be written: {e.strerror or e}") from e
+
+
+def check_output(folder: Path) -> None:
+    """Refuse what no command could write to, or read again.
+
+    Raises:
+        TrainingError: it is a file or cannot be written, or its path is no UTF-8, which safetensors asks for.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as e:
+        raise TrainingError(f"output {folder} is no UTF-8, so safetensors cannot read what is written there") from e
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"output {folder} is a file, not a folder")
+    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise TrainingError(f"output {folder} cannot be written: it is read-only, or another user's")
 
 
 def write_json(path: Path, value: Any) -> None:

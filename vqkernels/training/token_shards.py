@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqkernels._files import replace_file
 from vqkernels.models import TokenStream, pack_tokens, unpack_tokens
-from vqkernels.models.pretrained import replace_file
 from vqkernels.training.config import TrainingError, require
 
 __all__ = ["FORMATS", "ImageTokens", "Shard", "read_shard", "sha256", "write_shard"]

@@ -20,14 +20,24 @@ from typing import Any
 
 import torch
 
+from vqkernels._files import sweep
 from vqkernels.models import TokenModel, load_model
 from vqkernels.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from vqkernels.training.config import TrainingError, require
 from vqkernels.training.image_source import ImageSource, fit, open_source
-from vqkernels.training.run_folder import write_json
+from vqkernels.training.run_folder import check_output, write_json
 from vqkernels.training.token_shards import FORMATS, VERSION, ImageTokens, Shard, read_shard, sha256, write_shard
 
-__all__ = ["MANIFEST", "TokenizeConfig", "model_digest", "one_thread", "open_saved", "process", "tokenize"]
+__all__ = [
+    "MANIFEST",
+    "TokenizeConfig",
+    "model_digest",
+    "one_thread",
+    "open_saved",
+    "process",
+    "side_by_side",
+    "tokenize",
+]
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 
@@ -114,7 +124,7 @@ def tokenize(config: TokenizeConfig, *, say: Callable[[str], None] = print) -> d
         total=sum(len(_members(source, config, i)) for i in range(rank, count, world)),
         unit="image", desc="tokenizing", disable=rank != 0, dynamic_ncols=True,
     )  # fmt: skip
-    with progress, one_thread() as threads, ThreadPoolExecutor(config.workers or threads) as pool:
+    with progress, one_thread() as threads, side_by_side(config.workers or threads) as pool:
         for number in range(rank, count, world):
             members = _members(source, config, number)
             if paths[number].exists():
@@ -154,6 +164,16 @@ def process() -> tuple[int, int]:
 
 
 @contextmanager
+def side_by_side(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for work that is dropped, not waited for, where an error or Ctrl-C ends the block."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
 def one_thread() -> Iterator[int]:
     """One thread within an operation, however many there were (which is what it gives): sums then have one order."""
     threads = torch.get_num_threads()
@@ -188,8 +208,7 @@ def open_saved(folder: str, device: str) -> tuple[TokenModel, str]:
 
 def _open_model(config: TokenizeConfig) -> tuple[Path, TokenModel, str]:
     folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"output {folder} is a file, not a folder")
+    check_output(folder)
     model, digest = open_saved(config.model, config.device)
     if config.size is not None and config.size % model.multiple:
         raise TrainingError(f"size is {config.size}; expected a multiple of {model.multiple}, which this model needs")
@@ -208,9 +227,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
                     f"{folder} already holds tokens of another call ({', '.join(changed)} differ): "
                     "use another --output, or remove the folder"
                 )
-            for file in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-                if not _alive(file):
-                    file.unlink(missing_ok=True)
+            sweep(folder)
             return
         if folder.exists() and any(folder.glob("tokens-*")):
             raise TrainingError(f"{folder} holds tokens but no {PLAN}: use another --output, or remove the folder")
@@ -220,12 +237,6 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
         raise TrainingError(f"{path} is damaged: {e}") from e
     except OSError as e:
         raise TrainingError(f"output {folder} cannot be written: {e.strerror or e}") from e
-
-
-def _alive(temporary: Path) -> bool:
-    """Whether the process that writes this temporary file (its number is in the name) still runs here."""
-    number = temporary.name.split(".")[-2]
-    return number.isdecimal() and Path(f"/proc/{number}").exists()
 
 
 def _members(source: ImageSource, config: TokenizeConfig, number: int) -> range:
