@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from tests.full_disk import full_disk
 from vqkernels.cli import main
 from vqkernels.models import build_model
 from vqkernels.training import TrainingError, plots
+from vqkernels.training.checkpoint import load_checkpoint
 from vqkernels.training.evaluate import EvaluateConfig, evaluate
 from vqkernels.training.run_folder import check_output
 from vqkernels.training.token_shards import read_shard
@@ -207,6 +209,27 @@ def test_what_waits_is_dropped_when_a_block_ends_early() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert len(done) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves_a_checkpoint(number: signal.Signals, images: Path, tmp_path: Path) -> None:
+    # A shell has it ignored in the background.
+    heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from vqkernels.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "train", "--data", str(images), *SIZES, "--output", str(tmp_path / "r")]
+    command += ["--steps", "100000", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    seen = ""
+    while not re.search(r"[1-9]\d*/100000", seen):  # a step was taken
+        seen += process.stderr.read(1) or pytest.fail(seen)
+    os.killpg(process.pid, number)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert load_checkpoint(tmp_path / "r" / "checkpoint.safetensors")[1]["step"] >= 1
 
 
 def test_ctrl_c_while_evaluating_ends_it_with_status_130(

@@ -19,7 +19,13 @@ from torch import Tensor
 from vqkernels.models import TokenModel, build_model
 from vqkernels.training import checkpoint, data, metrics, start
 from vqkernels.training.config import TrainConfig, TrainingError, require
-from vqkernels.training.process import Interrupt, make_accelerator, process_settings, seed_step
+from vqkernels.training.process import (
+    Interrupt,
+    leave_signals_to_the_main_process,
+    make_accelerator,
+    process_settings,
+    seed_step,
+)
 from vqkernels.training.results import write_results
 from vqkernels.training.run_folder import RunFolder
 from vqkernels.training.steps import make_step
@@ -209,6 +215,7 @@ class _Run:
             data.Crops(self.images.train, self._sides(), config.seed, config.shuffled_share),
             batch_sampler=_StepBatches(self.step, config, self.rank, self.world),
             num_workers=config.workers,
+            worker_init_fn=leave_signals_to_the_main_process,
             pin_memory=self.device.type == "cuda",
         )
         progress = tqdm(

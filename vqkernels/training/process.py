@@ -18,7 +18,13 @@ import torch
 
 from vqkernels.training.config import TrainConfig, TrainingError, require
 
-__all__ = ["Interrupt", "make_accelerator", "process_settings", "seed_step"]
+__all__ = [
+    "Interrupt",
+    "leave_signals_to_the_main_process",
+    "make_accelerator",
+    "process_settings",
+    "seed_step",
+]
 
 # Checkpoints, moving averages and the gradient at the last layer need whole parameters.
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -130,3 +136,12 @@ class Interrupt:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """In a process that loads images: whoever stops a whole group (a terminal, systemd, Slurm) means the training.
+
+    The main process still gets the crops of its last step, saves, and then tells the others to end.
+    """
+    for number in Interrupt.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
