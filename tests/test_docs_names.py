@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+import vqkernels
 from vqkernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +80,44 @@ def test_every_module_that_is_required_is_in_the_extra_that_is_suggested() -> No
         if module == "torch.utils.tensorboard":
             package = "tensorboard"
         assert DISTRIBUTIONS.get(package, package) in known[extra], (name, module, extra)
+
+
+def command_lines() -> list[str]:
+    """Calls of ``vqkernels`` in the documents' shell blocks and at the end of ``--help``, without what starts them."""
+    found = []
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+            found += [line.partition("#")[0] for line in block.splitlines()] if not language else []
+    for path in (ROOT / "vqkernels" / "cli").glob("*.py"):
+        examples = re.findall(r'^EXAMPLES = """(.*?)"""', path.read_text(), re.DOTALL | re.MULTILINE)
+        found += [re.split(r"\s{2,}", line.strip())[0] for text in examples for line in text.splitlines()]
+    calls = (re.match(r"\s*(?:(?:torchrun|accelerate launch) .*-m )?vqkernels (.*)", line) for line in found)
+    return [call[1].strip() for call in calls if call]
+
+
+def test_every_call_of_the_command_in_documents_and_help_can_be_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = command_lines()
+    assert len(lines) > 40
+    wrong = []
+    for line in lines:
+        try:
+            args, rest = cli._parser().parse_known_args(shlex.split(line))
+        except SystemExit:
+            wrong.append((line, capsys.readouterr().err))
+        else:
+            wrong += [(line, " ".join(rest))] if rest and not hasattr(args, "forward") else []
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["lookup", "codebook_sum"])
+def test_the_error_for_an_index_out_of_range_is_the_documented_one(name: str) -> None:
+    function = getattr(vqkernels, name)
+    given = (torch.zeros(5, 3), torch.tensor([5])) if name == "lookup" else (torch.zeros(1, 3), torch.tensor([5]), 5)
+    with pytest.raises(Exception, match="indices contains 5") as found:
+        function(*given)
+    errors = inspect.getdoc(function).partition("Raises:")[2].partition("Example:")[0]
+    (line,) = [line for line in errors.splitlines() if "out of range" in line]
+    assert found.type.__name__ in line
 
 
 @pytest.mark.parametrize("command", ["train", "tokenize", "detokenize", "evaluate", "tune", "bench"])

@@ -100,8 +100,7 @@ def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
         values (..., D), or (H, ..., D), in the codebook's dtype.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices are not as above.
-        RuntimeError: an index is out of range (checked on CPU).
+        ValueError, TypeError: shapes, dtypes or devices are not as above, or an index is out of range (checked on CPU).
 
     Example:
         >>> import torch, vqkernels
@@ -130,8 +129,7 @@ def codebook_sum(x: Tensor, indices: Tensor, num_codes: int, *, mask: Tensor | N
         ``sums`` (K, D) float32 (float64 for float64 ``x``) and ``counts`` (K,) float32.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices are not as above.
-        RuntimeError: an index is out of range (checked on CPU).
+        ValueError, TypeError: shapes, dtypes or devices are not as above, or an index is out of range (checked on CPU).
 
     Example:
         >>> import torch, vqkernels
