@@ -1,4 +1,4 @@
-"""The one collective that the modules use: a sum of several tensors over all processes, in one call.
+"""The one collective that the modules use: a sum of several tensors over all processes, in one call; and FSDP.
 
 Called by :mod:`vqkernels.nn`. Whether a process group exists is asked at every call, never remembered.
 """
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["all_reduce", "rank_and_size"]
+__all__ = ["all_reduce", "is_sharded", "rank_and_size"]
 
 
 def rank_and_size(sync: bool = True) -> tuple[int, int]:
@@ -29,3 +29,8 @@ def all_reduce(tensors: Sequence[Tensor], sync: bool = True) -> list[Tensor]:
     dist.all_reduce(packed)
     parts = torch.split(packed, [t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP holds the module's parameters: in forward they are then copies, and writing there is lost."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))  # FSDP 1 and 2 set it, for Dynamo

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vqkernels import ops
 from vqkernels.functional import lookup_rows
 from vqkernels.nn import statistics
-from vqkernels.nn._distributed import all_reduce, rank_and_size
+from vqkernels.nn._distributed import all_reduce, is_sharded, rank_and_size
 from vqkernels.nn._loading import load
 from vqkernels.nn.codebook_init import kmeans
 
@@ -84,6 +84,11 @@ class LearnedCodebook(nn.Module):
             # Activation checkpointing runs forward again after the update: give it the codes of the first time.
             return self._last_codes + (codes - codes.detach()), None
         if learning and (self.decay is not None or self.dead_code_ratio > 0):
+            if self.decay is None and is_sharded(self):
+                raise RuntimeError(
+                    f"dead_code_ratio is {self.dead_code_ratio} for a trained codebook that FSDP shards: the shards "
+                    "would not see the codes that moved. Expected 0, or a decay, which makes the codebook a buffer"
+                )
             if torch.compiler.is_compiling():
                 # A copy that Inductor (torch 2.13) keeps: it drops `clone`, then saves the codes of after the update.
                 every = torch.arange(self.num_embeddings, device=codes.device)
@@ -95,6 +100,11 @@ class LearnedCodebook(nn.Module):
 
     def _start(self, rows: Tensor, valid: Tensor | None) -> bool:
         """k-means; without any row in any process the module goes on waiting."""
+        if self.decay is None and is_sharded(self):
+            raise RuntimeError(
+                "k-means would write a trained codebook that FSDP shards: the shards would not see it. Call "
+                "initialize() before FSDP wraps the module, or give a decay, which makes the codebook a buffer"
+            )
         with torch.no_grad():
             rows = rows.detach()
             rows = F.normalize(rows.float(), dim=-1) if self.normalize else rows
@@ -138,6 +148,10 @@ class LearnedCodebook(nn.Module):
         ``indices`` is -1 where a row must not count; ``weights`` (H, B, S) and ``code_weights`` (H, K) scale what a row
         and what a code contribute; ``masked``: perhaps no process has a row, and then nothing must change.
         """
+        rank, size = rank_and_size(self.sync)
+        # The others may have a mask, weights or rows where this process has none: all must do the same.
+        several = size > 1
+        masked = masked or several or rows.numel() == 0
         if self.decay is None:
             counts = statistics.count_codes(indices, self.num_embeddings)
             # One dtype for one collective; alone, the counts stay what `code_counts` is.
@@ -145,7 +159,7 @@ class LearnedCodebook(nn.Module):
         else:
             sums, counts = ops.codebook_sum(rows, indices, self.num_embeddings)
             found = [counts, sums.float()]
-            if weights is None and self._pooling:
+            if weights is None and (self._pooling or several):
                 # Weights of 1: micro-batches and processes pool alike, with weights and without.
                 found.append(counts)
             elif weights is not None:
@@ -154,7 +168,6 @@ class LearnedCodebook(nn.Module):
                 found = [counts, sums[..., :-1].float(), sums[..., -1].float()]
         self._additive = len(found)
         if self.dead_code_ratio > 0:
-            rank, size = rank_and_size(self.sync)
             found += statistics.candidate_rows(rows, indices, self.steps, self.num_embeddings, rank, size)
         if not self._pooling:
             self._apply_statistics(all_reduce(found, self.sync), code_weights, masked)

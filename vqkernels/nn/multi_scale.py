@@ -111,11 +111,17 @@ class MultiScaleVectorQuantizer(nn.Module):
             raise ValueError(f"phi_shared is {phi_shared!r}; expected a number of convolutions, or 0 for one per scale")
         self.num_embeddings, self.embedding_dim, self.metric = num_embeddings, embedding_dim, metric
         self.commitment_cost, self.sync = commitment_cost, sync
+        self.init = init
         self.codebook = nn.Parameter(torch.empty((num_embeddings, embedding_dim), device=device))
         random_codes_(self.codebook, init)
         self.quant_resi = PhiPerScale(embedding_dim, len(self.sizes), ratio=phi_ratio, shared=phi_shared, device=device)
         counts = torch.zeros((len(self.sizes), num_embeddings), dtype=torch.int64, device=device)
         self.register_buffer("code_counts", counts)
+
+    def reset_parameters(self) -> None:
+        """Draw the codes anew and forget the counts, as after ``to_empty``; the convolutions have their own method."""
+        random_codes_(self.codebook, self.init)
+        self.reset_usage()
 
     def extra_repr(self) -> str:
         """The sizes."""

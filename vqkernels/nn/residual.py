@@ -165,6 +165,11 @@ class ResidualVectorQuantizer(nn.Module):
         step = torch.zeros((), dtype=torch.int64, device=device)
         self.register_buffer("dropout_step", step if dropout else None)
 
+    def reset_parameters(self) -> None:
+        """Start the dropout's counter anew, as after ``to_empty``; levels and projections have methods of their own."""
+        if self.dropout_step is not None:
+            self.dropout_step.zero_()
+
     def extra_repr(self) -> str:
         """The options of the levels together."""
         words = [f"num_levels={self.num_levels}", f"estimator={self.estimator!r}"]

@@ -83,10 +83,19 @@ class SimVQ(nn.Module):
         self.num_embeddings, self.embedding_dim, self.channel_dim = num_embeddings, embedding_dim, channel_dim
         self.commitment_cost, self.gradient, self.sync = commitment_cost, gradient, sync
         self._layout = Layout(1, embedding_dim, channel_dim)
-        codes = torch.randn((num_embeddings, frozen_dim), device=device) * frozen_dim**-0.5
-        self.register_buffer("frozen_codebook", codes)
+        self.register_buffer("frozen_codebook", torch.empty((num_embeddings, frozen_dim), device=device))
+        self._draw()
         self.code_transform = transform or nn.Linear(frozen_dim, embedding_dim, bias=bias, device=device)
         self.register_buffer("code_counts", torch.zeros(num_embeddings, dtype=torch.int64, device=device))
+
+    def _draw(self) -> None:
+        codes = self.frozen_codebook
+        codes.copy_(torch.randn_like(codes) * codes.shape[-1] ** -0.5)
+
+    def reset_parameters(self) -> None:
+        """Draw the frozen codes anew and forget the counts, as after ``to_empty``; the transform has its own method."""
+        self._draw()
+        self.reset_usage()
 
     @property
     def codebook(self) -> Tensor:
