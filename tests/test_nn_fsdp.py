@@ -1,4 +1,4 @@
-"""``fully_shard`` and FSDP 1 around the quantizers: what the plain model does, or an error where codes would be lost."""
+"""``fully_shard`` and FSDP 1 around the quantizers: what the plain model does, or an error where codes get lost."""
 
 from __future__ import annotations
 

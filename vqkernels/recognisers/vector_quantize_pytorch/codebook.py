@@ -174,14 +174,15 @@ class CodebookAdapter(Adapter):
         """k-means on the first rows. Apart from :meth:`prepare`: a compiled graph breaks here, at the test of a buffer,
         and must not carry a detached view of the codes, which the update changes in place, across the gap."""
         if not self.initted:
-            self.init_embed_(rows.flatten(1, 2), mask=mask)
+            self.init_embed_(rows.flatten(1, 2).float(), mask=mask)
 
     def prepare(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """The codes to compare with: learnable or not, through the bridge, through the affine map."""
         if self.affine_param:
-            self.update_affine(rows.flatten(1, 2), self.embed, mask=mask)
+            self.update_affine(rows.flatten(1, 2).float(), self.embed, mask=mask)
         embed = self.embed if self.learnable_codebook else self.embed.detach()
-        embed = embed.to(rows.dtype)
+        # Never to half precision: the library compares rows of it with the codes in float32.
+        embed = embed.to(torch.promote_types(rows.dtype, torch.float32))
         if self.vq_bridge is not None:
             embed = self.vq_bridge(embed)
         if self.affine_param:
@@ -230,7 +231,7 @@ class CodebookAdapter(Adapter):
             _average(self.embed_avg, sums, self.decay, weight)
             if rescale:
                 self.update_ema()
-        self.expire_codes_(rows.flatten(1, 2), seq_mask=mask)
+        self.expire_codes_(rows.flatten(1, 2).float(), seq_mask=mask)
 
 
 def _to_rows(x: Tensor) -> Tensor:

@@ -170,7 +170,9 @@ class VectorQuantizeAdapter(Adapter):
             return quantized, found, loss
         from vector_quantize_pytorch.vector_quantize_pytorch import LossBreakdown
 
-        shown = commitment if self.has_commitment_loss else self.zero
+        shown = self.zero
+        if self.has_commitment_loss:  # in the library's precision: autocast computes it in float32
+            shown = commitment if torch.is_autocast_enabled(x.device.type) else commitment.to(rows.dtype)
         return quantized, found, loss, LossBreakdown(shown, self.zero, self.zero, self.zero)
 
     def _by_position(self, values: Tensor) -> Tensor:
