@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck
+from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 import vqkernels
@@ -265,16 +263,6 @@ def test_second_order_gradients_raise_instead_of_being_wrong() -> None:
     (dz,) = torch.autograd.grad(out.loss + out.quantized.square().sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="second-order gradients"):
         dz.sum().backward()
-
-
-@pytest.mark.parametrize("call", [lambda t: vector_quantize(t, C).loss, lambda t: lookup(t, torch.tensor([1, 0]))])
-def test_forward_mode_gradients_raise_instead_of_being_zero(call: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(call, (X,), (X,))
-    with forward_ad.dual_level():
-        with pytest.raises(NotImplementedError):
-            call(forward_ad.make_dual(X, X))
-        call(X.clone().requires_grad_()).sum().backward()
 
 
 def test_results_may_be_written_into() -> None:

@@ -29,6 +29,7 @@ LAYERS = (
     ("vqkernels.nn", "vqkernels.distributed"),
     ("vqkernels.testing",),
     ("vqkernels.functional", "vqkernels.levels", "vqkernels.explanation"),
+    ("vqkernels._gradients",),
     ("vqkernels._arguments",),
     ("vqkernels.info",),
     ("vqkernels.ops",),

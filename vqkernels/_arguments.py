@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch._subclasses import FakeTensor
 
 from vqkernels.ops.nearest import METRICS
@@ -30,6 +31,7 @@ __all__ = [
     "check_range",
     "check_rows",
     "has_values",
+    "is_batched",
     "is_channel_first",
     "shape_of",
     "to_codes",
@@ -132,8 +134,24 @@ def check_indices(indices: Tensor, name: str = "indices") -> None:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether there is something to look at: not in meta and fake tensors, nor while a graph is traced."""
-    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+    """Whether there is something to look at: not in meta and fake tensors, nor while a graph is traced, nor in vmap."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor) or is_batched(x))
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether ``x`` stands for the samples of a ``torch.vmap``, whatever other transforms it is in.
+
+    Or for the gradients of ``torch.autograd.grad(..., is_grads_batched=True)``, which is torch's older vmap.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if functorch.is_legacy_batchedtensor(x):
+        return True
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def check_range(name: str, x: Tensor, low: int, high: int) -> None:

@@ -1,19 +1,18 @@
 """The public functions: search, gather, per-code sums, and the differentiable quantizer built from them.
 
-Called by users and by :mod:`vqkernels.nn`; calls the ops. Gradients live here,
-in ``autograd.Function`` outside the ops.
+Called by users and by :mod:`vqkernels.nn`; calls the ops. Gradients are those of
+:mod:`vqkernels._gradients`, outside the ops.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from vqkernels import _arguments as arguments
-from vqkernels import dispatch, ops
+from vqkernels import _gradients, dispatch, ops
 
 __all__ = [
     "Quantized",
@@ -90,7 +89,8 @@ def nearest(
 def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     """The codes with the given indices; index -1 ("no code") gives zeros.
 
-    Differentiable with respect to ``codebook``; the backward pass is deterministic (no float atomics).
+    Differentiable with respect to ``codebook``; the backward pass is deterministic (no float atomics). Inside of
+    ``torch.func`` it is indexing, with its derivatives of any order.
 
     Args:
         codebook: (K, D), or (H, K, D) with heads.
@@ -172,7 +172,8 @@ def vector_quantize(
 
     Both losses compare the raw ``z`` with the raw codes whatever the metric is; normalise first (or use
     :class:`vqkernels.VectorQuantizer`) for unit vectors. The backward pass is one pass over ``z`` and one
-    deterministic sum per code; gradients of gradients are not implemented and raise.
+    deterministic sum per code; gradients of gradients are not implemented and raise. Inside of ``torch.func``, and for
+    forward-mode derivatives, all but the search is what is written above, with derivatives of any order.
 
     Args:
         z: rows (..., D), or (H, ..., D) with heads; any strides.
@@ -257,140 +258,20 @@ def quantize_rows(
     # The search already measured |z - e|^2, rounded once from float64; only float64 callers want more digits.
     measured = metric == "l2" and search is None and chosen is None
     distance = score if measured and z.dtype != torch.float64 else None
-    given = (z, codebook, indices, distance, mask is not None)
-    if _wanted(z, codebook):
-        quantized, codebook_loss, commitment_loss = _apply(_Quantize, *given, gradient)
-    else:
-        quantized, codebook_loss, commitment_loss, _ = _output(*given)
-    # Outside of the Function: torch lets nobody write into a view that one of several results of a Function is.
-    quantized = quantized.transpose(-1, -2) if arguments.is_channel_first(z) else quantized
+    quantized, codebook_loss, commitment_loss = _gradients.quantize(
+        z, codebook, indices, distance, mask is not None, gradient
+    )
     return Quantized(quantized, indices, score, codebook_loss, commitment_loss)
 
 
 def _detached(x: Tensor) -> Tensor:
-    return x.detach() if x.requires_grad else x
-
-
-def _wanted(*tensors: Tensor) -> bool:
-    """Whether a gradient is asked for; a call of an ``autograd.Function`` is not free where it is not.
-
-    Forward-mode gradients count too: the Function says that it has none, where an op would pass on zeros.
-    """
-    if (
-        not torch.compiler.is_compiling()
-        and forward_ad._current_level >= 0
-        and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
-    ):
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``, which torch leaves untyped."""
-    return function.apply(*args)  # type: ignore[no-untyped-call]
-
-
-def _output(
-    z: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor | None, masked: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``quantize_output`` with the values laid out in memory like ``z``: (H, B, D, S) if that is channel-first."""
-    results: tuple[Tensor, Tensor, Tensor, Tensor]
-    results = ops.quantize_output(z, codebook, indices, distance, masked, arguments.is_channel_first(z))
-    return results
-
-
-class _Quantize(torch.autograd.Function):
-    """Gather and losses; backward is ``quantize_grad`` for z and ``codebook_sum`` for the codebook."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        codebook: Tensor,
-        indices: Tensor,
-        distance: Tensor | None,
-        masked: bool,
-        gradient: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        quantized, codebook_loss, commitment_loss, weight = _output(z, codebook, indices, distance, masked)
-        # Five dims where Inductor sees it: ops/_register.py says why.
-        ctx.save_for_backward(z.unsqueeze(0) if torch.compiler.is_compiling() else z, codebook, indices, weight)
-        ctx.gradient, ctx.channel_first = gradient, arguments.is_channel_first(z)
-        if not torch.compiler.is_compiling():  # Dynamo (torch 2.13) does not know it
-            ctx.set_materialize_grads(False)
-        if gradient == "none":
-            ctx.mark_non_differentiable(quantized)
-        return quantized, codebook_loss, commitment_loss
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_codebook: Tensor | None, grad_commitment: Tensor | None
-    ) -> tuple[Any, ...]:
-        z, codebook, indices, weight = ctx.saved_tensors
-        dz = de = None
-        if grad is not None and ctx.channel_first:
-            grad = grad.transpose(-1, -2)
-        with torch.no_grad():
-            if ctx.needs_input_grad[0]:
-                # No gradient from the output is one that does not reach z; any tensor stands in for what is not read.
-                way = "none" if grad is None else ctx.gradient
-                scale = 2.0 * weight * (0.0 if grad_commitment is None else grad_commitment)
-                dz = ops.quantize_grad(z if grad is None else grad, z, codebook, indices, scale, way, ctx.channel_first)
-                dz = dz.transpose(-1, -2) if ctx.channel_first else dz
-            if ctx.needs_input_grad[1] and grad_codebook is None:
-                de = torch.zeros_like(codebook)
-            elif ctx.needs_input_grad[1]:
-                # dE = scale * (count e - sum), in the buffer of the sums: fresh memory of K x D is what costs here.
-                sums, counts = ops.codebook_sum(z, indices, codebook.shape[1])
-                scale = -2.0 * weight * grad_codebook
-                sums.addcmul_(counts.unsqueeze(-1).to(sums.dtype), codebook.to(sums.dtype), value=-1.0)
-                de = sums.mul_(scale).to(codebook.dtype)
-        if torch.is_grad_enabled():  # create_graph=True
-            given = (grad, grad_codebook, grad_commitment)
-            sources = (z, codebook, *(g for g in given if g is not None))
-            dz = None if dz is None else _apply(_Once, dz, *sources)
-            de = None if de is None else _apply(_Once, de, *sources)
-        return dz, de, None, None, None, None
-
-
-class _Lookup(torch.autograd.Function):
-    """Gather, in memory as asked for; backward is ``codebook_sum``."""
-
-    @staticmethod
-    def forward(ctx: Any, codebook: Tensor, indices: Tensor, channel_first: bool) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.num_codes, ctx.dtype, ctx.channel_first = codebook.shape[1], codebook.dtype, channel_first
-        values: Tensor = ops.lookup(codebook, indices, channel_first, codebook.dtype)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (indices,) = ctx.saved_tensors
-        grad = grad.transpose(-1, -2) if ctx.channel_first else grad
-        with torch.no_grad():
-            de = ops.codebook_sum(grad, indices, ctx.num_codes)[0].to(ctx.dtype)
-        return _apply(_Once, de, grad) if torch.is_grad_enabled() else de, None, None
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated again: says so, where a detached result would be silently wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
-        return result.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("vqkernels: second-order gradients of a quantizer are not implemented")
+    # A tensor inside of torch.func tells what the innermost transform alone wants.
+    return x.detach() if x.requires_grad or torch._C._are_functorch_transforms_active() else x
 
 
 def lookup_rows(codebook: Tensor, indices: Tensor, channel_first: bool) -> Tensor:
     """:func:`lookup` on the canonical shapes: (H, K, D) and (H, B, S) to (H, B, S, D), laid out as asked."""
-    if _wanted(codebook):
-        values: Tensor = _apply(_Lookup, codebook, indices, channel_first)
-    else:
-        values = ops.lookup(codebook, indices, channel_first, codebook.dtype)
-    return values.transpose(-1, -2) if channel_first else values
+    return _gradients.lookup(codebook, indices, channel_first)
 
 
 def _positions(indices: Tensor, like: Tensor, heads: bool, num_heads: int | None) -> Tensor:

@@ -65,9 +65,6 @@ def test_what_a_patched_model_cannot_do() -> None:
         module.register_forward_hook(lambda module, *_: calls.append(module))
     vqkernels.patch(torch.nn.Sequential(vq))
     z = torch.randn(2, 4, 3, 3)
-    for way in (torch.func.grad, torch.func.vmap):
-        with pytest.raises(RuntimeError, match="functorch"):
-            way(lambda z: vq(z)[1])(z[None] if way is torch.func.vmap else z)
     calls.clear()
     want = vq(z)[0]
     assert calls == [vq]

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["estimate", "rotate_back"]
+from vqkernels._gradients import pass_through, rotate_back, transformed
 
-# Norms below this are taken to be this, as in the op ``quantize_grad``.
-SMALLEST_NORM = 1e-6
+__all__ = ["estimate", "rotate_back"]
 
 
 def estimate(z: Tensor, values: Tensor, gradient: str = "straight_through", dim: int = -1) -> Tensor:
@@ -34,6 +33,8 @@ def estimate(z: Tensor, values: Tensor, gradient: str = "straight_through", dim:
     """
     if gradient == "none":
         return values.detach()
+    if transformed(z):
+        return pass_through(z, values, gradient, dim)
     if gradient == "straight_through":
         through: Tensor = _Through.apply(z, values.detach())  # type: ignore[no-untyped-call]
         return through
@@ -66,19 +67,3 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         z, values = ctx.saved_tensors
         return rotate_back(grad, z, values, ctx.dim), None, None
-
-
-def rotate_back(g: Tensor, z: Tensor, e: Tensor, dim: int = -1) -> Tensor:
-    """Transpose of the map that takes ``z`` onto ``e`` by one rotation and one scaling, applied to ``g``."""
-
-    def length(x: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-        return norm.clamp(min=SMALLEST_NORM)
-
-    z_norm, e_norm = length(z), length(e)
-    z_unit, e_unit = z / z_norm, e / e_norm
-    w = z_unit + e_unit
-    w = w / length(w)
-    turned = g - 2 * (g * w).sum(dim, keepdim=True) * w + 2 * (g * e_unit).sum(dim, keepdim=True) * z_unit
-    scaled: Tensor = turned * (e_norm / z_norm)
-    return scaled

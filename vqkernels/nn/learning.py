@@ -148,6 +148,7 @@ class LearnedCodebook(nn.Module):
         ``indices`` is -1 where a row must not count; ``weights`` (H, B, S) and ``code_weights`` (H, K) scale what a row
         and what a code contribute; ``masked``: perhaps no process has a row, and then nothing must change.
         """
+        statistics.refuse_samples(indices)
         rank, size = rank_and_size(self.sync)
         # The others may have a mask, weights or rows where this process has none: all must do the same.
         several = size > 1

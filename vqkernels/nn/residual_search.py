@@ -15,6 +15,7 @@ from torch.nn.modules import module as modules
 
 from vqkernels import _arguments as arguments
 from vqkernels import ops
+from vqkernels._gradients import transformed
 from vqkernels.nn._layout import Layout
 from vqkernels.nn.vector_quantizer import VectorQuantizer
 
@@ -75,6 +76,8 @@ def search_levels(
 def _codebooks(levels: Sequence[VectorQuantizer], z: Tensor) -> list[Tensor] | None:
     """The codebooks (1, K, D) if every level does nothing but search its own; else ``None``."""
     if z.dtype != torch.float32 or modules._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return None
+    if transformed(z, *(level.codebook for level in levels)):
         return None
     grads = torch.is_grad_enabled()
     if grads and z.requires_grad:

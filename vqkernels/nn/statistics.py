@@ -8,21 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["candidate_rows", "count_codes", "perplexity", "scramble", "usage"]
+from vqkernels import _arguments as arguments
+
+__all__ = ["candidate_rows", "count_codes", "perplexity", "refuse_samples", "scramble", "usage"]
 
 
 def count_codes(indices: Tensor, num_codes: int) -> Tensor:
     """How often each code occurs in the last dims of ``indices`` (H, ...), int64 (H, K); -1 is not counted.
+
+    Raises:
+        RuntimeError: under ``torch.vmap``; there is one state of the quantizer, not one per sample.
 
     Example:
         >>> import torch
         >>> count_codes(torch.tensor([[0, 2, 2, -1]]), 3).tolist()
         [[1, 0, 2]]
     """
+    refuse_samples(indices)
     flat = indices.flatten(1) + 1
     counts = torch.zeros((flat.shape[0], num_codes + 1), dtype=torch.int64, device=flat.device)
     # Integer sums: exact, hence the same in any order.
     return counts.scatter_add_(1, flat, torch.ones_like(flat))[:, 1:]
+
+
+def refuse_samples(indices: Tensor) -> None:
+    """Indices of ``torch.vmap`` enter no statistic: there is one state of a quantizer, not one per sample."""
+    if arguments.is_batched(indices):
+        raise RuntimeError(
+            "vqkernels: a quantizer in training counts its codes, and under torch.vmap each sample would; call eval()"
+        )
 
 
 def usage(counts: Tensor) -> Tensor:

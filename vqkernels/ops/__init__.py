@@ -3,6 +3,7 @@
 Called by :mod:`vqkernels.functional`; importing this package registers every op with torch.
 """
 
+from vqkernels.ops import _batching as _batching
 from vqkernels.ops.codebook_sum import codebook_sum
 from vqkernels.ops.ema_update import ema_update
 from vqkernels.ops.lookup import lookup

@@ -13,7 +13,7 @@ import torch
 
 from vqkernels import dispatch
 
-_library = torch.library.Library("vqkernels", "DEF")  # type: ignore[no-untyped-call]
+library = torch.library.Library("vqkernels", "DEF")  # type: ignore[no-untyped-call]
 
 
 def register(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,10 +26,10 @@ def register(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., 
     """
 
     # needs_exact_strides: kernels read the strides they are given; Inductor must not lay inputs out anew.
-    _library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))  # type: ignore[no-untyped-call]
+    library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))  # type: ignore[no-untyped-call]
     op: Callable[..., Any] = getattr(torch.ops.vqkernels, name).default
-    _library.impl(name, _implementation(name, op), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"vqkernels::{name}", fake, lib=_library)
+    library.impl(name, _implementation(name, op), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"vqkernels::{name}", fake, lib=library)
     return op
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vqkernels._gradients import transformed
 from vqkernels.functional import lookup_rows, quantize_rows
 from vqkernels.recognisers._adapter import Adapter
 from vqkernels.recognisers.vector_quantize_pytorch.codebook import CodebookAdapter
@@ -132,7 +133,7 @@ class VectorQuantizeAdapter(Adapter):
         self, x: Tensor, freeze: bool, return_loss_breakdown: bool, weight: Any, accumulate: bool, ema_update: Any
     ) -> Any:
         """The library's forward for a plain training step, with one function for search, losses and gradients."""
-        codebook = self._codebook
+        codebook, loss = self._codebook, self.zero.requires_grad_()  # torch.func refuses it: before anything is updated
         only_one, image = x.dim() == 2, self.accept_image_fmap or self.accept_3d_fmap
         channel_first = not only_one and (image or not self.channel_last)
         z = x.unsqueeze(1) if only_one else x.flatten(2).transpose(1, 2) if channel_first else x
@@ -151,7 +152,6 @@ class VectorQuantizeAdapter(Adapter):
         commitment = out.commitment_loss
         if self.learnable_codebook:
             commitment = commitment + (out.codebook_loss - out.codebook_loss.detach())
-        loss = self.zero.requires_grad_()
         if self.has_commitment_loss:
             loss = loss + commitment * self.commitment_weight
         quantized, found = out.quantized, out.indices
@@ -200,7 +200,8 @@ class SimVQAdapter(Adapter):
             outcome: tuple[Tensor, Tensor, Tensor] = super().forward(x)  # its own error
             return outcome
         rows = z.flatten(1, -2).unsqueeze(0) if z.dim() > 2 else z.unsqueeze(0).unsqueeze(2)
-        gradient = ("rotation" if self.rotation_trick else "straight_through") if x.requires_grad else "none"
+        wanted = x.requires_grad or transformed(x)
+        gradient = ("rotation" if self.rotation_trick else "straight_through") if wanted else "none"
         out = quantize_rows(rows, codes.unsqueeze(0), metric="l2", gradient=gradient)
         quantized = out.quantized.reshape(z.shape)
         if self.channel_first:

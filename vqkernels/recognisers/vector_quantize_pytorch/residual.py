@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as modules
 
+from vqkernels._gradients import transformed
 from vqkernels.levels import residual_nearest
 from vqkernels.recognisers._adapter import Adapter, class_path
 from vqkernels.recognisers.vector_quantize_pytorch.codebook import CodebookAdapter
@@ -69,6 +70,7 @@ class ResidualVQAdapter(Adapter):
             or indices is not None
             or return_all_codes
             or torch.is_grad_enabled()
+            or transformed(x)
             or module.implicit_neural_codebook
             or module.diveq
             or module.accept_image_fmap
