@@ -19,6 +19,7 @@ from vqkernels.ops.quantize_grad import GRADIENTS
 
 __all__ = [
     "PRECISIONS",
+    "autocast_dtype",
     "autocast_kind",
     "check_choice",
     "check_codebook",
@@ -37,6 +38,7 @@ __all__ = [
     "to_codes",
     "to_positions",
     "to_rows",
+    "without_autocast",
 ]
 
 PRECISIONS = ("exact", "fast")
@@ -166,6 +168,18 @@ def check_range(name: str, x: Tensor, low: int, high: int) -> None:
 def autocast_kind(x: Tensor) -> str:
     """The kind of device to switch autocast off for: meta tensors know no autocast, and any other kind leaves them."""
     return "cpu" if x.is_meta else x.device.type
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a matrix product with ``x``, ``None`` where it is off; it leaves meta tensors alone."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A block in which autocast leaves alone what is done with ``x``."""
+    return torch.autocast(autocast_kind(x), enabled=False)
 
 
 def check_mask(mask: Tensor, rows: Sequence[int], like: Tensor, heads: bool) -> None:

@@ -203,6 +203,6 @@ def mean_of_products(up: Tensor, weight: Tensor) -> Tensor:
 
     half = up.shape[-1] // 2
     first, second = outer(up[..., :half]), outer(up[..., half:])
-    with torch.autocast(arguments.autocast_kind(up), enabled=False):
+    with arguments.without_autocast(up):
         weighted = (first * weight[..., None, None]).permute(0, 2, 3, 1)
         return (weighted @ second.transpose(1, 2)).flatten(-2)

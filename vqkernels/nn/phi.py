@@ -24,7 +24,7 @@ class Phi(nn.Conv2d):
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
-        with torch.autocast(arguments.autocast_kind(h), enabled=False):
+        with arguments.without_autocast(h):
             return (1 - self.ratio) * h + self.ratio * F.conv2d(h, self.weight, self.bias, padding=1)
 
 

@@ -55,7 +55,7 @@ class Projection(nn.Linear):
             raise ValueError(f"z is on {x.device}, the projection on {self.weight.device}; expected one device")
         # Autocast brings both to one dtype, but leaves float64 as it is.
         dtypes = (x.dtype, self.weight.dtype)
-        cast = torch.is_autocast_enabled(arguments.autocast_kind(x)) and torch.float64 not in dtypes
+        cast = arguments.autocast_dtype(x) is not None and torch.float64 not in dtypes
         if x.dtype != self.weight.dtype and not cast:
             x = x.to(self.weight.dtype)
         return super().forward(x.movedim(1, -1)).movedim(-1, 1) if first else super().forward(x)

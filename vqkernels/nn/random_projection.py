@@ -99,7 +99,7 @@ class RandomProjectionQuantizer(nn.Module):
             raise ValueError(f"z has shape {arguments.shape_of(z)}; expected {wanted}")
         if z.device != self.rand_projs.device:
             raise ValueError(f"z is on {z.device}, the projection on {self.rand_projs.device}; expected one device")
-        with torch.autocast(arguments.autocast_kind(z), enabled=False):
+        with arguments.without_autocast(z):
             x = x.float()
             x = F.layer_norm(x, (self.dim,)) if self.norm else x
             x = x @ self.rand_projs.float().transpose(0, 1).flatten(1)

@@ -5,7 +5,6 @@ Called by :class:`vqkernels.VectorQuantizer`, and by users with a loss of their 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +32,6 @@ def orthogonality(codes: Tensor) -> Tensor:
     """
     unit = F.normalize(codes if codes.dim() == 3 else codes.unsqueeze(0), dim=-1)
     heads, k, _ = unit.shape
-    with torch.autocast(arguments.autocast_kind(codes), enabled=False):
+    with arguments.without_autocast(codes):
         gram = unit.transpose(1, 2) @ unit
         return gram.square().sum() / (heads * k * k) - 1 / k

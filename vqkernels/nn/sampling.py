@@ -49,7 +49,7 @@ def sample_codes(rows: Tensor, codes: Tensor, metric: str, temperature: float) -
     step = max(1, BLOCK_ELEMENTS // codes.shape[1])
     for head in range(h):
         for begin in range(0, b * s, step):
-            with torch.autocast(arguments.autocast_kind(rows), enabled=False):
+            with arguments.without_autocast(rows):
                 score = torch.addmm(-half[head], flat[head, begin : begin + step], values[head].T)
             score.mul_(factor / temperature).sub_(torch.empty_like(score).exponential_().log_())
             found[head, begin : begin + step] = score.argmax(-1)

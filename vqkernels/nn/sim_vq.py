@@ -100,7 +100,7 @@ class SimVQ(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """The projected codes (K, D), float32 whatever autocast says."""
-        with torch.autocast(arguments.autocast_kind(self.frozen_codebook), enabled=False):
+        with arguments.without_autocast(self.frozen_codebook):
             codes: Tensor = self.code_transform(self.frozen_codebook)
         if tuple(codes.shape) != (self.num_embeddings, self.embedding_dim):
             wanted = (self.num_embeddings, self.embedding_dim)
