@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqkernels._arguments import autocast_dtype
 from vqkernels.functional import vector_quantize
 
 __all__ = ["QuantizedMap", "average_dtype", "check_map", "quantize_map"]
@@ -56,6 +57,5 @@ def quantize_map(z: Tensor, codebook: Tensor, dims: int = 4) -> QuantizedMap:
 
 def average_dtype(z: Tensor) -> torch.dtype:
     """What ``torch.mean(z ** 2)`` has: CUDA's autocast computes powers in float32, the CPU's leaves them alone."""
-    device = z.device.type
     half = z.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and device != "cpu" and torch.is_autocast_enabled(device) else z.dtype
+    return torch.float32 if half and z.device.type != "cpu" and autocast_dtype(z) is not None else z.dtype

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vqkernels._arguments import autocast_dtype, without_autocast
 from vqkernels.functional import quantize_rows
 from vqkernels.nn.assignment import mean_assignment
 from vqkernels.nn.propagation import propagate
@@ -51,13 +52,12 @@ class IbqQuantizer(Adapter):
         codes = module.embedding.weight.unsqueeze(0)
         check_map(z, codes)
         # The original's last step is a matrix product, which autocast makes a half-precision one.
-        device = z.device.type
         given = torch.promote_types(z.dtype, codes.dtype)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else given
+        dtype = autocast_dtype(z) or given
         loss_dtype = average_dtype(z.to(given))
-        softmax_dtype = _softmax_dtype(given, device)
+        softmax_dtype = _softmax_dtype(given, z)
         rows = z.flatten(2).transpose(1, 2).to(given).unsqueeze(0)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(z):
             out = quantize_rows(rows, codes, metric="dot", gradient="none")
             values = _propagate(rows, codes, out.indices) if torch.is_grad_enabled() else out.quantized
             # Of these three terms the first reaches all codes, through the softmax.
@@ -85,11 +85,12 @@ def _mean_assignment(rows: Tensor, codes: Tensor, temperature: float) -> tuple[T
     return mean_assignment(rows, codes, "dot", temperature, None)
 
 
-def _softmax_dtype(given: torch.dtype, device: str) -> torch.dtype:
+def _softmax_dtype(given: torch.dtype, z: Tensor) -> torch.dtype:
     """What the softmax of a matrix product has: float32 in CUDA's autocast, the product's dtype in the CPU's."""
-    if not torch.is_autocast_enabled(device):
+    product = autocast_dtype(z)
+    if product is None:
         return given
-    return torch.get_autocast_dtype(device) if device == "cpu" else torch.float32
+    return product if z.device.type == "cpu" else torch.float32
 
 
 ADAPTERS = (IbqQuantizer,)

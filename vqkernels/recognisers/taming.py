@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vqkernels.functional import codebook_sum, lookup
+from vqkernels.nn.statistics import count_codes
 from vqkernels.recognisers._adapter import Adapter
 from vqkernels.recognisers._copies import unknown_attributes
 from vqkernels.recognisers._feature_maps import quantize_map
@@ -146,7 +147,7 @@ class EmaQuantizer(Adapter):
 def _one_hot(indices: Tensor, codes: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """The one-hot matrix that these classes return, and the perplexity from counts instead of from it."""
     one_hot = functional.one_hot(indices, codes).to(like)
-    share = torch.bincount(indices, minlength=codes).to(like) / max(1, len(indices))
+    share = count_codes(indices.unsqueeze(0), codes)[0].to(like) / max(1, len(indices))
     return one_hot, torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from vqkernels._arguments import without_autocast
 from vqkernels.functional import lookup, nearest
 from vqkernels.nn.estimators import estimate
+from vqkernels.nn.statistics import count_codes
 from vqkernels.recognisers._adapter import Adapter
 from vqkernels.recognisers._copies import unknown_attributes
 from vqkernels.recognisers._feature_maps import check_map
@@ -61,14 +63,14 @@ class VarQuantizer(Adapter):
         target, sizes = f.detach(), [(n, n) for n in module.v_patch_nums]
         _check_size(f, sizes[-1])
         rest, f_hat, loss, hits = target, torch.zeros_like(target), f.new_zeros(()), []
-        with torch.autocast(f.device.type, enabled=False):
+        with without_autocast(f):
             for scale in range(len(sizes)):
                 indices = self._search(rest, sizes, scale)
                 h = self._contribution(indices, sizes, scale)
                 f_hat, rest = f_hat + h, rest - h.detach()
                 loss = loss + F.mse_loss(f_hat.detach(), f) * module.beta + F.mse_loss(f_hat, target)
                 if module.training:
-                    hits.append(torch.bincount(indices.flatten(), minlength=module.vocab_size).float())
+                    hits.append(count_codes(indices.flatten().unsqueeze(0), module.vocab_size)[0].float())
             if hits:
                 self._count(torch.stack(hits))
             out = estimate(f, f_hat)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqkernels import ops
-from vqkernels._arguments import is_channel_first
+from vqkernels._arguments import is_channel_first, without_autocast
 from vqkernels.functional import lookup_rows
 from vqkernels.recognisers._adapter import Adapter
 
@@ -101,7 +101,7 @@ class CodebookAdapter(Adapter):
                 topk=topk,
                 update_usage=update_usage,
             )
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             mask = _mask_of(rows, mask)
             self.initialize(rows, mask)
             codes = self.prepare(rows, mask)

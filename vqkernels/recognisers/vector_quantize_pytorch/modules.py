@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vqkernels._arguments import autocast_dtype, without_autocast
 from vqkernels._gradients import transformed
 from vqkernels.functional import lookup_rows, quantize_rows
 from vqkernels.recognisers._adapter import Adapter
@@ -143,7 +144,7 @@ class VectorQuantizeAdapter(Adapter):
         rows = z if z.dim() == 4 else z.unsqueeze(0)
         routed = x.requires_grad and self.route_gradients_to_input
         gradient = ("rotation" if self.rotation_trick else "straight_through") if routed else "none"
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             codebook.initialize(rows, None)
             codes = codebook.prepare(rows, None)
             out = quantize_rows(rows, _snapshot(codes), metric=codebook.metric, gradient=gradient, live=codes)
@@ -154,6 +155,9 @@ class VectorQuantizeAdapter(Adapter):
             commitment = commitment + (out.codebook_loss - out.codebook_loss.detach())
         if self.has_commitment_loss:
             loss = loss + commitment * self.commitment_weight
+        # The library's mse_loss has the dtype of its rows, which a half-precision `zero` does not widen.
+        own = commitment.dtype if autocast_dtype(x) is not None else z.dtype
+        loss = loss.to(torch.promote_types(own, self.zero.dtype))
         quantized, found = out.quantized, out.indices
         quantized, found = self._by_position(out.quantized).flatten(2), self._by_position(out.indices)
         if self.heads == 1:
@@ -170,9 +174,7 @@ class VectorQuantizeAdapter(Adapter):
             return quantized, found, loss
         from vector_quantize_pytorch.vector_quantize_pytorch import LossBreakdown
 
-        shown = self.zero
-        if self.has_commitment_loss:  # in the library's precision: autocast computes it in float32
-            shown = commitment if torch.is_autocast_enabled(x.device.type) else commitment.to(rows.dtype)
+        shown = commitment.to(own) if self.has_commitment_loss else self.zero
         return quantized, found, loss, LossBreakdown(shown, self.zero, self.zero, self.zero)
 
     def _by_position(self, values: Tensor) -> Tensor:
@@ -207,6 +209,8 @@ class SimVQAdapter(Adapter):
         if self.channel_first:
             quantized = quantized.movedim(-1, 1)
         loss = out.codebook_loss + out.commitment_loss * self.input_to_quantize_commit_loss_weight
+        if autocast_dtype(x) is None:
+            loss = loss.to(torch.promote_types(z.dtype, codes.dtype))  # as mse_loss has it
         return quantized, out.indices.reshape(z.shape[:-1]), loss * self.commitment_weight
 
 

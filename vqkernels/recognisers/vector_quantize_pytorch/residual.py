@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as modules
 
+from vqkernels._arguments import autocast_dtype
 from vqkernels._gradients import transformed
 from vqkernels.levels import residual_nearest
 from vqkernels.recognisers._adapter import Adapter, class_path
@@ -77,7 +78,7 @@ class ResidualVQAdapter(Adapter):
             or (beam_size or module.eval_beam_size or 1) > 1
             or x.dim() != 3
             or x.dtype != torch.float32
-            or torch.is_autocast_enabled(x.device.type)
+            or autocast_dtype(x) is not None
             or modules._has_any_global_hook()  # type: ignore[no-untyped-call]
         )
         codebooks = _codebooks(module.layers) if plain else None
