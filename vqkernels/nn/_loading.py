@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vqkernels.nn import checkpoints
@@ -36,7 +37,9 @@ def load(
         found, understood = translated
         found = {k: _without_head(v, target[k]) if k in target else v for k, v in found.items()}
         complete = checkpoints.defaults(found["codebook"], found.get("cluster_size")) | found
-        counters = {k: target[k].new_zeros(target[k].shape) for k in ("code_counts", "steps")}
+        # Where the codes are: a module on meta takes these as they are (``assign=True``).
+        device = found["codebook"].device
+        counters = {k: torch.zeros_like(target[k], device=device) for k in ("code_counts", "steps")}
         rest = {k: v for k, v in own.items() if k not in understood}
         own = rest | {k: v for k, v in complete.items() if k in target} | counters
     errors = [
@@ -47,6 +50,9 @@ def load(
     if errors:
         args[-1].extend(errors)
         return
+    if args[0].get("assign_to_params_buffers"):  # no copy that would widen them; see LearnedCodebook._apply
+        halves = (torch.float16, torch.bfloat16)
+        own = {k: v.detach().float() if k in target and v.dtype in halves else v for k, v in own.items()}
     default({prefix + k: v for k, v in own.items()}, prefix, *args)
 
 

@@ -78,7 +78,7 @@ def defaults(codebook: Tensor, cluster_size: Tensor | None) -> dict[str, Tensor]
     return {
         "cluster_size": size,
         "embed_avg": codebook.float() * size.unsqueeze(-1),
-        "initialized": torch.ones((), dtype=torch.bool),
+        "initialized": torch.ones((), dtype=torch.bool, device=codebook.device),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,26 @@ class ElementwiseQuantizer(nn.Module):
             self._fill()
         return self
 
+    def _place(self, device: torch.device) -> None:
+        """The constants anew on ``device``."""
+        for name in self._non_persistent_buffers_set:
+            self._buffers[name] = torch.empty_like(getattr(self, name), device=device)
+        self._anchor.zero_()
+        self._fill()
+
+    def _leave_meta(self, x: Tensor) -> None:
+        """Constants that no checkpoint brought, where the values of the model came some other way."""
+        if self._anchor.is_meta and not x.is_meta:
+            self._place(x.device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+        if self._anchor.is_meta and metadata.get("assign_to_params_buffers"):
+            own = [value.device for key, value in state_dict.items() if key.startswith(prefix)]
+            self._place(own[0] if own else torch.get_default_device())
+
     @abstractmethod
     def _codes_of(self, indices: Tensor) -> Tensor:
         """Codes (H, B, S, D) float32 of non-negative indices (H, B, S)."""
@@ -70,6 +91,7 @@ class ElementwiseQuantizer(nn.Module):
         if mask is not None:
             z = self._layout.blank(mask, z)
         inside = z if self.project_in is None else self.project_in(z)
+        self._leave_meta(inside)
         inside = inside if inside.dtype == torch.float64 else inside.float()
         self._layout.check(inside, self._anchor)
         return inside, self._layout.rows(inside), mask
@@ -99,6 +121,7 @@ class ElementwiseQuantizer(nn.Module):
         """
         positions, shape = self._layout.positions(indices)
         arguments.check_range("indices", indices, -1, self.num_embeddings - 1)
+        self._leave_meta(positions)
         known = (positions >= 0) & (positions < self.num_embeddings)  # where nobody looked, a wrong index is no code
         codes = torch.where(known.unsqueeze(-1), self._codes_of(torch.where(known, positions, 0)), 0.0)
         values = self._layout.output(codes, shape)

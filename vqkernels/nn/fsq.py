@@ -74,8 +74,8 @@ class FSQ(ElementwiseQuantizer):
         self._fill()
 
     def _fill(self) -> None:
-        self.levels.copy_(torch.tensor(self._sizes))
-        self.basis.copy_(torch.tensor((1, *self._sizes[:-1])).cumprod(0))
+        self.levels.copy_(torch.tensor(self._sizes, device="cpu"))
+        self.basis.copy_(torch.tensor((1, *self._sizes[:-1]), device="cpu").cumprod(0))
 
     def extra_repr(self) -> str:
         """The levels."""

@@ -108,7 +108,7 @@ class LFQ(ElementwiseQuantizer):
         self._fill()
 
     def _fill(self) -> None:
-        self.powers.copy_(2 ** torch.arange(self.embedding_dim - 1, -1, -1))
+        self.powers.copy_(2 ** torch.arange(self.embedding_dim - 1, -1, -1, device="cpu"))
 
     def extra_repr(self) -> str:
         """Bits and options."""

@@ -274,5 +274,6 @@ class MultiScaleVectorQuantizer(nn.Module):
         for i in range(len(self.sizes)):  # VAR without sharing is a plain list
             checkpoints.rename_parts(state_dict, prefix, {f"quant_resi.{i}.": f"quant_resi.qresi_ls.{i}."})
         state_dict.pop(prefix + "ema_vocab_hit_SV", None)
-        state_dict.setdefault(prefix + "code_counts", torch.zeros_like(self.code_counts))
+        codes = state_dict.get(prefix + "codebook", self.code_counts)
+        state_dict.setdefault(prefix + "code_counts", torch.zeros_like(self.code_counts, device=codes.device))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -158,5 +158,6 @@ class SimVQ(nn.Module):
         names = {"embedding.weight": "frozen_codebook", "embedding_proj.": "code_transform."}
         checkpoints.rename_parts(state_dict, prefix, names)
         # Other libraries do not count.
-        state_dict.setdefault(prefix + "code_counts", torch.zeros_like(self.code_counts))
+        codes = state_dict.get(prefix + "frozen_codebook", self.code_counts)
+        state_dict.setdefault(prefix + "code_counts", torch.zeros_like(self.code_counts, device=codes.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
