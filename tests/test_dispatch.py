@@ -314,6 +314,8 @@ def test_sizes_of_every_op_are_read_from_its_arguments(monkeypatch: pytest.Monke
         "ema_update": (codes[..., 0], codes, codes, codes[..., 0], codes, 0.9, 1e-5, False),
         "quantize_grad": (z, z, codes, indices, torch.ones(()), "rotation", False),
         "quantize_output": (z, codes, indices, None, False, False),
+        "soft_assign": (z[:, 0].repeat(1, 3, 1), codes, torch.ones(2, 15), True, 0.1),
+        "soft_assign_grad": (z[:, 0].repeat(1, 3, 1), codes, torch.ones(2, 15), *[None] * 4, True, 0.1),
     }
     assert set(given) == set(dispatch.OPS) == set(dispatch._SIZES)
     for op, args in given.items():

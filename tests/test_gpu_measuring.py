@@ -30,7 +30,8 @@ def test_ops_are_measured_for_the_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert bench.failed == []
     assert len(records) == 2 * len(gpu_ops.OPS)
     found = gpu_record.table({"ops": {r["case"]: r for r in records}})
-    assert set(found) == set(dispatch.OPS) - {"nearest", "residual_nearest"}
+    # Searches have tables of their own, and a softmax over the codes has no kernel for GPUs to choose.
+    assert set(found) == {op for op in dispatch.OPS if not op.endswith("nearest") and not op.startswith("soft_assign")}
     for op, entries in found.items():
         assert [e["case"] for e in entries] == ["encodec", "cifar"], op
         assert all(e["milliseconds"]["reference"] > 0 for e in entries)

@@ -23,6 +23,20 @@ MODULES: dict[str, Any] = {
     "simvq": lambda: SimVQ(16, D),
     "fsq": lambda: FSQ([5] * D),
     "lfq": lambda: LFQ(D),
+    "entropies": lambda: VectorQuantizer(
+        16, D, init="normal", sample_entropy_weight=0.2, batch_entropy_weight=0.3, entropy_temperature=0.5
+    ),
+    "softmax": lambda: VectorQuantizer(16, D, init="normal", gradient="softmax", metric="dot"),
+    "softmax of angles": lambda: VectorQuantizer(
+        16,
+        D // 2,
+        init="normal",
+        gradient="softmax",
+        metric="cosine",
+        normalize=False,
+        heads=2,
+        batch_entropy_weight=0.1,
+    ),
     "affine": lambda: VectorQuantizer(16, D, decay=0.9, affine=True, input_dim=D, init="normal"),
 }
 

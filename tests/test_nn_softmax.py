@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.quantizers import close
-from vqkernels import VectorQuantizer
-from vqkernels.nn import assignment, assignment_entropies
+from vqkernels import VectorQuantizer, _softmax
+from vqkernels.nn import assignment_entropies
 from vqkernels.nn.propagation import propagate
 
 K, D = 16, 8
@@ -20,7 +20,7 @@ K, D = 16, 8
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
 def test_entropies_are_those_of_the_whole_matrix(metric: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assignment, "BLOCK_ELEMENTS", 7 * 33)  # several blocks, the last one short
+    monkeypatch.setattr(_softmax, "BLOCK_ELEMENTS", 7 * 33)  # several blocks, the last one short
     x = torch.randn(heads, 40, 5, dtype=torch.float64, requires_grad=True)
     codes = torch.randn(heads, 33, 5, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(heads, 40) > 0.2
@@ -116,7 +116,7 @@ def softly(z: Tensor, codes: Tensor, metric: str, temperature: float) -> tuple[T
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
 @pytest.mark.parametrize("block", [2**20, 3 * 7])
 def test_softmax_gradient_is_that_of_ibq(metric: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assignment, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(_softmax, "BLOCK_ELEMENTS", block)
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     codes = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
     want, indices = softly(x.flatten(1, 2), codes, metric, 0.7)
@@ -177,8 +177,12 @@ def test_softmax_gradient_of_rows_that_do_not_count() -> None:
     vq(bad.requires_grad_()).quantized.square().sum().backward()
     assert torch.isfinite(vq.codebook.grad).all()
     assert bad.grad[1].tolist() == [0.0] * D
-    x = torch.randn(1, 1, 3, 2, requires_grad=True)
-    values = propagate(x, torch.randn(1, 4, 2), torch.zeros(1, 1, 3).long(), "dot")
-    (once,) = torch.autograd.grad(values.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        once.sum().backward()
+
+
+def test_second_order_gradients_raise() -> None:
+    x, codes = torch.randn(1, 1, 3, 2, requires_grad=True), torch.randn(1, 4, 2)
+    values = propagate(x, codes, torch.zeros(1, 1, 3).long(), "dot")
+    for result in (values.square().sum(), assignment_entropies(x, codes)[0]):
+        (once,) = torch.autograd.grad(result, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="second-order gradients of a quantizer are not implemented"):
+            once.sum().backward()

@@ -1,7 +1,7 @@
 """Gradients of the public functions: two ``autograd.Function`` classes outside the ops, and plain torch in their place.
 
-Called by :mod:`vqkernels.functional` and :mod:`vqkernels.nn.estimators`. The classes are what a training step runs.
-Transforms of ``torch.func`` and forward mode would want a ``setup_context``, a ``jvp`` and rules for ``vmap`` of them,
+Called by :mod:`vqkernels.functional` and :mod:`vqkernels.nn`. The classes are what a training step runs. Transforms of
+``torch.func`` and forward mode would want a ``setup_context``, a ``jvp`` and rules for ``vmap`` of them,
 and Dynamo (torch 2.13) would not look at these: there everything but the search is operators that torch knows.
 """
 
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from vqkernels import _arguments as arguments
 from vqkernels import ops
 
-__all__ = ["lookup", "pass_through", "quantize", "rotate_back", "transformed"]
+__all__ = ["lookup", "once", "pass_through", "quantize", "rotate_back", "transformed"]
 
 # Norms below this are taken to be this, as in the op ``quantize_grad``.
 SMALLEST_NORM = 1e-6
@@ -121,11 +121,7 @@ class _Quantize(torch.autograd.Function):
                 sums.addcmul_(counts.unsqueeze(-1).to(sums.dtype), codebook.to(sums.dtype), value=-1.0)
                 # vmap writes nothing into what has fewer samples (a batch of gradients, as of a Jacobian).
                 de = (sums * scale if arguments.is_batched(scale) else sums.mul_(scale)).to(codebook.dtype)
-        if torch.is_grad_enabled():  # create_graph=True
-            given = (grad, grad_codebook, grad_commitment)
-            sources = (z, codebook, *(g for g in given if g is not None))
-            dz = None if dz is None else _apply(_Once, dz, *sources)
-            de = None if de is None else _apply(_Once, de, *sources)
+        dz, de = once((dz, de), z, codebook, grad, grad_codebook, grad_commitment)
         return dz, de, None, None, None, None, None
 
 
@@ -140,12 +136,12 @@ class _Lookup(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         grad = grad.transpose(-1, -2) if ctx.channel_first else grad
         with torch.no_grad():
             de = ops.codebook_sum(grad, indices, ctx.num_codes)[0].to(ctx.dtype)
-        return _apply(_Once, de, grad) if torch.is_grad_enabled() else de, None, None
+        return *once((de,), grad), None, None
 
 
 class _Once(torch.autograd.Function):
@@ -158,6 +154,14 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError("vqkernels: second-order gradients of a quantizer are not implemented")
+
+
+def once(results: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a backward pass made from ``sources``, so that to differentiate it again (``create_graph=True``) raises."""
+    if not torch.is_grad_enabled():
+        return results
+    given = [s for s in sources if s is not None]
+    return tuple(None if r is None else _apply(_Once, r, *given) for r in results)
 
 
 # -- plain torch -------------------------------------------------------------------------------------------------------

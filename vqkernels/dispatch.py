@@ -27,7 +27,17 @@ __all__ = ["BACKENDS", "OPS", "Backend", "Unsupported", "call", "explain", "miss
 log = logging.getLogger("vqkernels")
 
 # Registration order; the one line to add for a new op (CONTRIBUTING.md, "Add an op").
-OPS = ("nearest", "residual_nearest", "lookup", "codebook_sum", "ema_update", "quantize_grad", "quantize_output")
+OPS = (
+    "nearest",
+    "residual_nearest",
+    "lookup",
+    "codebook_sum",
+    "ema_update",
+    "quantize_grad",
+    "quantize_output",
+    "soft_assign",
+    "soft_assign_grad",
+)
 
 
 class Unsupported(RuntimeError):
@@ -172,6 +182,8 @@ _SIZES: dict[str, Callable[..., tuple[int, int, int]]] = {
     "ema_update": lambda size, average, codebook, *_: (0, codebook.shape[1], codebook.shape[2]),
     "quantize_grad": lambda grad, z, codebook, *_: (z.shape[:-1].numel(), codebook.shape[1], codebook.shape[2]),
     "quantize_output": lambda z, codebook, *_: (z.shape[:-1].numel(), codebook.shape[1], codebook.shape[2]),
+    "soft_assign": lambda x, codes, *_: (x.shape[:-1].numel(), codes.shape[1], codes.shape[2]),
+    "soft_assign_grad": lambda x, codes, *_: (x.shape[:-1].numel(), codes.shape[1], codes.shape[2]),
 }
 
 

@@ -23,8 +23,8 @@ def explain(op: str, *args: Any, backend: str = "auto", **options: Any) -> str:
 
     Args:
         op: ``"nearest"``, ``"residual_nearest"``, ``"lookup"``, ``"codebook_sum"``, ``"ema_update"``,
-            ``"quantize_grad"`` or ``"quantize_output"``.
-        *args: what you would pass to the public function of that name (the op itself for the last three).
+            ``"quantize_grad"``, ``"quantize_output"``, ``"soft_assign"`` or ``"soft_assign_grad"``.
+        *args: what you would pass to the public function of that name (the op itself for the last five).
         backend: as in :func:`vqkernels.nearest`.
         **options: keyword arguments of the function, such as ``metric``.
 

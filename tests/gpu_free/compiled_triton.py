@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_checks import EXACT, SEARCHES, Place, given, run, same
+from gpu_checks import EXACT, OPS, SEARCHES, Place, given, run, same
 from gpu_data import Search, data
 from ptx_machine import SEEDS, set_seed
 from torch import Tensor
 
-from vqkernels import dispatch
 from vqkernels.ops.nearest import METRICS
 from vqkernels.ops.nearest import triton as backend
 from vqkernels.ops.residual_nearest import triton as residual
@@ -61,7 +60,7 @@ def converted(value: Any, dtype: torch.dtype, dim: int) -> Any:
     [pytest.param(*kind, marks=pytest.mark.slow if kind == (torch.float32, 1) else ()) for kind in KINDS],
     ids=str,
 )
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_op(op: str, dtype: torch.dtype, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if (op == "ema_update" and dtype != torch.float32) or (op in SEARCHES and dtype == torch.float64):
         pytest.skip("not of the Triton backend")

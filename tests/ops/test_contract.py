@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,11 @@ def gradient(layout: str, name: str, channel_first: bool, dtype: torch.dtype = t
     return rows(layout), rows(layout, dtype), codes(layout), indices(layout), commitment, name, channel_first
 
 
+def scored(layout: str, dtype: torch.dtype = torch.float32) -> Arguments:
+    """For ``soft_assign``; one row in five counts nowhere."""
+    return rows(layout, dtype)[:, 0], codes(layout), torch.arange(H * S).view(H, S) % S / S
+
+
 half = torch.bfloat16
 # Arguments without the backend, by op. Every kind of result that an op has is here: layouts, dtypes, options.
 CALLS: dict[str, dict[str, Callable[[str], Arguments]]] = {
@@ -103,6 +109,17 @@ CALLS: dict[str, dict[str, Callable[[str], Arguments]]] = {
         "none": lambda lay: gradient(lay, "none", False),
         "bfloat16": lambda lay: gradient(lay, "straight_through", True, half),
     },
+    "soft_assign": {
+        "squared": lambda lay: (*scored(lay), True, 0.5),
+        "bfloat16": lambda lay: (*scored(lay, half), False, 0.5),
+        "float64": lambda lay: (*scored(lay, torch.float64), True, 0.5),
+    },
+    "soft_assign_grad": {
+        "squared": lambda lay: (*scored(lay), torch.randn(H), codes(lay)[..., 0], None, None, True, 0.5),
+        "soft codes": lambda lay: (*scored(lay), None, None, rows(lay)[:, 0], codes(lay), False, 0.5),
+        "bfloat16": lambda lay: (*scored(lay, half), None, None, rows(lay)[:, 0], codes(lay, half), False, 0.5),
+        "float64": lambda lay: (*scored(lay, torch.float64), torch.randn(H), None, None, None, True, 0.5),
+    },
 }
 TABLE = [(op, name) for op, calls in CALLS.items() for name in calls]
 LAYOUTS = ["compact", "permuted", "strided"]
@@ -114,9 +131,9 @@ def overload(op: str) -> Any:
 
 def able(op: str, backend: str, arguments: Arguments) -> str:
     """``backend``, or "reference" where it says that it cannot run this (native ``ema_update`` needs dense state)."""
-    reason = importlib.import_module(f"vqkernels.ops.{op}.{backend}").supports(
-        *map(place, arguments) if DEVICE != "cpu" else arguments
-    )
+    (candidate,) = (b for b in dispatch.BACKENDS if b.name == backend)
+    given = tuple(map(place, arguments)) if DEVICE != "cpu" else arguments
+    reason = dispatch._reason(op, candidate, dispatch._place(given), given)
     if reason is None:
         return backend
     with pytest.raises(dispatch.Unsupported, match=re.escape(reason)):
@@ -198,7 +215,11 @@ def test_the_contract_names_every_tensor_and_its_shape(op: str) -> None:
 
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_every_backend_file_has_its_two_names(op: str) -> None:
+    folder = Path(importlib.import_module(f"vqkernels.ops.{op}").__file__ or "").parent
+    assert (folder / "reference.py").exists()
     for name in ("native", "reference"):
+        if not (folder / f"{name}.py").exists():
+            continue
         module = importlib.import_module(f"vqkernels.ops.{op}.{name}")
         assert callable(module.supports)
         assert callable(module.run)

@@ -115,8 +115,7 @@ def test_var_encodes_to_indices_and_to_maps_at_any_sizes() -> None:
         patched(torch.randn(2, D, 5, 4))
 
 
-def test_ibq_holds_no_matrix_of_rows_by_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqkernels.nn.assignment.BLOCK_ELEMENTS", 64 * K)
+def test_ibq_holds_no_matrix_of_rows_by_codes() -> None:
     original, patched = pair(Ibq(K, D, 0.25, 0.5))
     seen = []
     for module in (original, patched):

@@ -1,7 +1,7 @@
-"""Entropies of the soft assignment softmax(score / temperature) of rows to codes, in blocks of rows: never N x K.
+"""Entropies of the soft assignment softmax(score / temperature) of rows to codes, streamed: never N x K.
 
-Called by :class:`vqkernels.VectorQuantizer`, and by users with a loss of their own. Forward keeps one mean probability
-per code; backward makes each block's softmax again. O(N + K D) memory either way.
+Called by :class:`vqkernels.VectorQuantizer`, and by users with a loss of their own. The ops ``soft_assign`` and
+``soft_assign_grad`` do the work; backward makes the softmax again. O(N + K D) memory either way.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqkernels import _arguments as arguments
+from vqkernels import ops
+from vqkernels._gradients import once
 
-__all__ = ["assignment_entropies", "blocks", "mean_assignment", "soft_usage", "softmax_of_scores"]
-
-# Elements of the block of scores that is alive at a time (a handful of such arrays at once).
-BLOCK_ELEMENTS = 2**20
+__all__ = ["assignment_entropies", "mean_assignment", "scored", "soft_usage"]
 
 
 def assignment_entropies(
@@ -38,7 +37,6 @@ def assignment_entropies(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
-        RuntimeError: under ``torch.compile``; the number of blocks depends on N.
 
     Example:
         >>> import torch, vqkernels
@@ -75,22 +73,24 @@ def mean_assignment(
     rows: Tensor, codes: Tensor, metric: str, temperature: float, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Per head, the mean over rows of the entropy of p(code | row) (H,), and the mean of p(code | row) (H, K)."""
-    if torch.compiler.is_compiling():
-        raise RuntimeError("entropies of the soft assignment do not run under torch.compile; compile the model around")
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    flat, codes = rows.reshape(rows.shape[0], -1, rows.shape[-1]).to(wide), codes.to(wide)
-    codes = F.normalize(codes, dim=-1) if metric == "cosine" else codes
+    flat, codes = scored(rows, codes, metric)
     usable = flat.isfinite().all(-1)
     usable = usable if valid is None else usable & valid.reshape(usable.shape)
-    weight = usable.to(wide)
+    weight = usable.to(codes.dtype)
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=1.0)
-    flat = torch.where(usable.unsqueeze(-1), flat, 0.0)
     found: tuple[Tensor, Tensor]
-    found = _SoftUsage.apply(flat, codes, weight, metric == "l2", temperature)  # type: ignore[no-untyped-call]
+    found = _SoftAssign.apply(flat, codes, weight, metric == "l2", temperature)  # type: ignore[no-untyped-call]
     return found
 
 
-class _SoftUsage(torch.autograd.Function):
+def scored(rows: Tensor, codes: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Rows (H, B, S, D) as (H, N, D), and the codes that they are compared with, in the dtype of the scores."""
+    codes = codes.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    codes = F.normalize(codes, dim=-1) if metric == "cosine" else codes
+    return rows.reshape(rows.shape[0], -1, rows.shape[-1]), codes
+
+
+class _SoftAssign(torch.autograd.Function):
     """Weighted mean entropy (H,) and weighted mean probability (H, K) of softmax over codes."""
 
     @staticmethod
@@ -99,44 +99,15 @@ class _SoftUsage(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, codes, weight)
         ctx.squared, ctx.temperature = squared, temperature
-        entropy, usage = x.new_zeros(codes.shape[0]), x.new_zeros(codes.shape[:2])
-        for head, block in blocks(x, codes):
-            _, p, each = softmax_of_scores(x[head, block], codes[head], squared, temperature)
-            w = weight[head, block]
-            entropy[head] += w @ each
-            usage[head] += w @ p
+        entropy, usage = ops.soft_assign(x, codes, weight, squared, temperature)
         return entropy, usage
 
     @staticmethod
     def backward(ctx: Any, grad_entropy: Tensor, grad_usage: Tensor) -> tuple[Any, ...]:
         x, codes, weight = ctx.saved_tensors
-        dx, de = torch.zeros_like(x), torch.zeros_like(codes)
-        factor = (2.0 if ctx.squared else 1.0) / ctx.temperature
-        # Backward may be called inside of an autocast.
-        with torch.no_grad(), torch.autocast(arguments.autocast_kind(x), enabled=False):
-            for head, block in blocks(x, codes):
-                log_p, p, each = softmax_of_scores(x[head, block], codes[head], ctx.squared, ctx.temperature)
-                v = grad_usage[head]
-                # Gradient of a block's logits: p (v - p.v) for the usage and -p (log p + H) for the entropy.
-                inner = v - (p @ v).unsqueeze(1) - grad_entropy[head] * (log_p + each.unsqueeze(1))
-                g = p.mul_(inner).mul_(weight[head, block].unsqueeze(1))
-                dx[head, block] = factor * (g @ codes[head])
-                de[head] += factor * (g.T @ x[head, block])
-                if ctx.squared:
-                    de[head] -= factor * g.sum(0).unsqueeze(1) * codes[head]
-        return dx, de, None, None, None
-
-
-def blocks(x: Tensor, codes: Tensor) -> list[tuple[int, slice]]:
-    """(head, rows) pairs: so many rows (H, N, D) at a time that their scores for all codes are small."""
-    step = max(1, BLOCK_ELEMENTS // codes.shape[1])
-    return [(h, slice(i, i + step)) for h in range(x.shape[0]) for i in range(0, x.shape[1], step)]
-
-
-def softmax_of_scores(x: Tensor, codes: Tensor, squared: bool, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """log p (n, K), p, and the entropy (n,) of each row (n, D). |x|^2 is the same for all codes and left out."""
-    with torch.autocast(arguments.autocast_kind(x), enabled=False):
-        score = torch.addmm(-codes.square().sum(1), x, codes.T, alpha=2.0) if squared else x @ codes.T
-        log_p = score.div_(temperature).log_softmax(1)
-        p = log_p.exp()
-        return log_p, p, -(p * log_p).sum(1)
+        with torch.no_grad():
+            dx, dcodes = ops.soft_assign_grad(
+                x, codes, weight, grad_entropy, grad_usage, None, None, ctx.squared, ctx.temperature
+            )
+        dx, dcodes = once((dx, dcodes), x, codes, grad_entropy, grad_usage)
+        return dx, dcodes, None, None, None

@@ -44,7 +44,7 @@ class VectorQuantizer(LearnedCodebook):
         heads: independent codebooks; the input has ``heads * embedding_dim`` channels, head by head.
         gradient: ``"straight_through"``, ``"rotation"`` or ``"none"``, see :func:`vqkernels.vector_quantize`; or
             ``"softmax"`` (IBQ): the gradient of softmax(score / ``softmax_temperature``) over all codes, which moves
-            every code in every step (:mod:`vqkernels.nn.propagation`). Eager only.
+            every code in every step (:mod:`vqkernels.nn.propagation`).
         softmax_temperature: of that softmax.
         init: ``"uniform"`` U(-1/K, 1/K), ``"normal"`` N(0, 1), or ``"kmeans"``: k-means on the first training batch
             (until then the codes are the uniform ones). Under ``torch.compile`` call :meth:`initialize` before.
@@ -69,7 +69,7 @@ class VectorQuantizer(LearnedCodebook):
         orthogonal_weight: of :func:`vqkernels.nn.orthogonality` of the codebook in ``loss``; gradient codebooks only.
         sample_entropy_weight, batch_entropy_weight: of the two :func:`vqkernels.nn.assignment_entropies` in ``loss``
             while training: the first is added (rows that are sure of their code), the second subtracted (all codes in
-            use). LlamaGen's ``entropy_loss_ratio`` is both alike, with ``entropy_temperature=0.005``. Eager only.
+            use). LlamaGen's ``entropy_loss_ratio`` is both alike, with ``entropy_temperature=0.005``.
         entropy_temperature: of the softmax in them.
         sample_temperature: in training draw codes with probability softmax(score / temperature) instead of taking the
             nearest, where the score is minus the squared distance or the similarity; 0 for the nearest. Eager only.

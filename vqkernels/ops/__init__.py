@@ -11,6 +11,8 @@ from vqkernels.ops.nearest import nearest
 from vqkernels.ops.quantize_grad import quantize_grad
 from vqkernels.ops.quantize_output import quantize_output
 from vqkernels.ops.residual_nearest import residual_nearest
+from vqkernels.ops.soft_assign import soft_assign
+from vqkernels.ops.soft_assign_grad import soft_assign_grad
 
 __all__ = [
     "codebook_sum",
@@ -20,4 +22,6 @@ __all__ = [
     "quantize_grad",
     "quantize_output",
     "residual_nearest",
+    "soft_assign",
+    "soft_assign_grad",
 ]

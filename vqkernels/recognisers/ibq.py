@@ -1,6 +1,6 @@
 """IBQ (SEED-Voken): the code with the largest dot product, and a gradient through the softmax over all codes.
 
-Read by :mod:`vqkernels.patch`; calls :mod:`vqkernels.nn.propagation`, which makes that softmax in blocks of rows.
+Read by :mod:`vqkernels.patch`; calls :mod:`vqkernels.nn.propagation`, which streams that softmax.
 """
 
 from __future__ import annotations
@@ -59,30 +59,19 @@ class IbqQuantizer(Adapter):
         rows = z.flatten(2).transpose(1, 2).to(given).unsqueeze(0)
         with without_autocast(z):
             out = quantize_rows(rows, codes, metric="dot", gradient="none")
-            values = _propagate(rows, codes, out.indices) if torch.is_grad_enabled() else out.quantized
+            values = propagate(rows, codes, out.indices, "dot") if torch.is_grad_enabled() else out.quantized
             # Of these three terms the first reaches all codes, through the softmax.
             loss = (values - rows).square().mean() + out.commitment_loss + module.beta * out.codebook_loss
             loss = loss.to(loss_dtype)
             diff: Any = loss
             if module.use_entropy_loss:
-                entropy, usage = _mean_assignment(rows, codes, module.entropy_temperature)
+                entropy, usage = mean_assignment(rows, codes, "dot", module.entropy_temperature, None)
                 batch = -(usage * torch.log(usage + 1e-5)).sum()
                 weights = module.sample_minimization_weight, module.batch_maximization_weight
                 own, batch = (t.to(softmax_dtype) for t in (entropy.mean(), batch))
                 diff = (loss, own, batch, weights[0] * own - weights[1] * batch)
         quantized = values[0].transpose(1, 2).reshape(z.shape).contiguous().to(dtype)
         return quantized, diff, (None, None, out.indices.reshape(-1))
-
-
-# A compiled model breaks its graph around these two: how many blocks of rows there are depends on the input.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _propagate(rows: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
-    return propagate(rows, codes, indices, "dot")
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _mean_assignment(rows: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return mean_assignment(rows, codes, "dot", temperature, None)
 
 
 def _softmax_dtype(given: torch.dtype, z: Tensor) -> torch.dtype:
