@@ -13,7 +13,7 @@
 #endif
 
 // Raise on every change of a struct or a signature; the loader refuses a library of another number.
-#define VQK_ABI_VERSION 4
+#define VQK_ABI_VERSION 5
 
 enum vqk_status { VQK_OK = 0, VQK_INVALID = 1, VQK_NO_MEMORY = 2, VQK_UNSUPPORTED = 3, VQK_INTERNAL = 4 };
 enum vqk_dtype { VQK_F32 = 0, VQK_F64 = 1, VQK_F16 = 2, VQK_BF16 = 3 };
@@ -103,6 +103,18 @@ VQK_API int32_t vqk_cpu_quantize_grad(const vqk_rows *grad, const vqk_rows *z, c
 VQK_API int32_t vqk_cpu_quantize_output(const vqk_rows *z, const vqk_codes *codebook, const int64_t *indices,
                                         const float *distance, const vqk_rows *out, void *codebook_loss, void *commitment_loss,
                                         double *weight);
+
+// soft_assign: entropy (H,) and usage (H, K) of the softmax over codes, weighted sums over rows (see ops/soft_assign). weight:
+// (H, N) with N = B S; it and the results are contiguous float32, like the arithmetic.
+VQK_API int32_t vqk_cpu_soft_assign(const vqk_rows *x, const vqk_codes *codes, const float *weight, int32_t squared,
+                                    double temperature, int32_t isa, float *entropy, float *usage);
+
+// soft_assign_grad: dx with any strides and dtype, dcodes (H, K, D) contiguous. grad_entropy (H,) and grad_usage (H, K) may be
+// null, and so may grad_soft together with values (see ops/soft_assign_grad).
+VQK_API int32_t vqk_cpu_soft_assign_grad(const vqk_rows *x, const vqk_codes *codes, const float *weight,
+                                         const float *grad_entropy, const float *grad_usage, const vqk_rows *grad_soft,
+                                         const vqk_codes *values, int32_t squared, double temperature, int32_t isa,
+                                         const vqk_rows *dx, float *dcodes);
 
 // libvqk_cuda<major>. Pointers are the device's, `device` is its ordinal and `stream` a cudaStream_t: work is queued, nothing
 // waits for it, and nothing is allocated, so that calls can be captured in a CUDA graph. Indices outside of [-1, K) count

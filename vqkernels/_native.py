@@ -23,7 +23,7 @@ __all__ = ["ABI_VERSION", "ISAS", "Codes", "Rows", "codes", "isa", "lib", "rows"
 
 log = logging.getLogger("vqkernels")
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
@@ -104,6 +104,27 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "vqk_cpu_quantize_output": (
         c_int32,
         [_rows, _codes, POINTER(c_int64), POINTER(c_float), _rows, c_void_p, c_void_p, POINTER(c_double)],
+    ),
+    "vqk_cpu_soft_assign": (
+        c_int32,
+        [_rows, _codes, POINTER(c_float), c_int32, c_double, c_int32, POINTER(c_float), POINTER(c_float)],
+    ),
+    "vqk_cpu_soft_assign_grad": (
+        c_int32,
+        [
+            _rows,
+            _codes,
+            POINTER(c_float),
+            POINTER(c_float),
+            POINTER(c_float),
+            _rows,
+            _codes,
+            c_int32,
+            c_double,
+            c_int32,
+            _rows,
+            POINTER(c_float),
+        ],
     ),
 }
 

@@ -45,17 +45,19 @@ def test_entropy_and_usage_are_those_of_the_whole_matrix(backend: str, case: Cas
 
 @pytest.mark.parametrize("squared", [False, True])
 def test_errors_are_no_larger_than_those_of_the_formula_in_torch(backend: str, squared: bool) -> None:
+    ratios = []
     for temperature in TEMPERATURES:
-        ours, theirs = [0.0, 0.0], [0.0, 0.0]
         for case in CASES[3:]:
             x, codes, weight = inputs(case)
             exact = oracle(x, codes, weight, squared, temperature)
             found = assign(x, codes, weight, squared, temperature, backend)
             expected = soft_assign(x, codes, weight, squared, temperature, "reference")
-            for i in range(2):  # in nats, in shares of the weight
-                ours[i] += float((found[i] - exact[i]).abs().max() / weight.sum())
-                theirs[i] += float((expected[i] - exact[i]).abs().max() / weight.sum())
-        assert all(a <= 1.1 * b + 1e-7 * len(CASES) for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+            for ours, theirs, true in zip(found, expected, exact, strict=True):  # in nats, in shares of the weight
+                # Each error is the luck of a few roundings: only many of them can be compared.
+                off = [float((t - true).abs().max() / weight.sum()) + 1e-8 for t in (ours, theirs)]
+                ratios.append(math.log(off[0] / off[1]))
+    assert len(ratios) == 104
+    assert sum(ratios) / len(ratios) < math.log(1.05)
 
 
 def test_a_table_worked_out_by_hand(backend: str) -> None:
@@ -104,12 +106,16 @@ def test_small_probabilities_have_their_digits(backend: str) -> None:
     x = t[:, None, None]
     codes = torch.tensor([0.0, -1.0])[None, :, None].expand(len(t), 2, 1)
     usage = assign(x, codes, torch.ones(len(t), 1), False, 1.0, backend)[1]
-    exact = torch.stack([t.double(), -t.double()], 1).sigmoid()
-    # exp to 1.2 ulp, the sum, the factor, the product; log p, which the reference rounds, is up to 86.
-    assert float((usage / exact - 1).abs().max()) < (86 * 2**-24 if backend == "reference" else 2.8 * 2**-23)
+    error = (usage / torch.stack([t.double(), -t.double()], 1).sigmoid() - 1).abs()
+    # The sum, the factor and the product come to the exponential; log p, which the reference rounds, is up to 86.
+    assert float(error.max()) < (86 * 2**-24 if backend == "reference" else 1.5 * 2**-23)
+    if backend == "native":  # beyond 20 there is nothing but the exponential
+        assert float(error[t > 20].max()) < 0.75 * 2**-23
     gone = assign(x + 90, codes, torch.ones(len(t), 1), False, 1.0, backend)
     assert float(gone[1][:, 1].abs().max()) < 1e-38
     assert float(gone[0].abs().max()) < 1e-36
+    # The kernels take subnormal numbers for 0, and nobody else does.
+    assert torch.full((100,), 1e-39).mul(0.5).min() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -143,6 +149,14 @@ def test_any_number_of_threads_gives_the_same_bits(backend: str) -> None:
             assert all(a.equal(b) for a, b in zip(results[-1], results[0], strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_every_instruction_set_agrees(isa: str) -> None:
+    for case in CASES:
+        x, codes, weight = inputs(case)
+        found = soft_assign(x, codes, weight, True, float(case.d), "native")
+        for a, b in zip(found, oracle(x, codes, weight, True, float(case.d)), strict=True):
+            assert error(a, b) < 2e-6
 
 
 def test_autocast_does_not_round(backend: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -59,20 +60,18 @@ def test_gradients_are_those_of_the_whole_matrix(backend: str, case: Case, kind:
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("kind", ["both", "soft"])
 def test_errors_are_no_larger_than_those_of_the_formula_in_torch(backend: str, kind: str, squared: bool) -> None:
+    ratios = []
     for temperature in TEMPERATURES:
-        ours, theirs, cases = [0.0, 0.0], [0.0, 0.0], 0
         for case in CASES[3:]:
-            if case.k < 9:  # a gradient of nothing but rounding has no relative error
-                continue
             given = case_of(case, kind)
             exact = oracle_grad(*given, squared, temperature)
             found = grad(given, squared, temperature, backend)
             expected = soft_assign_grad(*given, squared, temperature, "reference")
-            cases += 1
-            for i in range(2):
-                ours[i] += min(1.0, error(found[i], exact[i]))
-                theirs[i] += min(1.0, error(expected[i], exact[i]))
-        assert all(a <= 1.1 * b + 1e-6 * cases for a, b in zip(ours, theirs, strict=True)), (temperature, ours, theirs)
+            for ours, theirs, true in zip(found, expected, exact, strict=True):
+                # Each error is the luck of a few roundings: only many of them can be compared.
+                ratios.append(math.log((error(ours, true) + 1e-8) / (error(theirs, true) + 1e-8)))
+    assert len(ratios) == 104
+    assert sum(ratios) / len(ratios) < math.log(1.05)
 
 
 def test_rows_of_weight_zero_get_nothing_and_give_nothing(backend: str) -> None:
@@ -133,6 +132,14 @@ def test_any_number_of_threads_gives_the_same_bits(backend: str) -> None:
             assert all(a.equal(b) for a, b in zip(results[-1], results[0], strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_every_instruction_set_agrees(isa: str) -> None:
+    for case in CASES:
+        given = case_of(case, "all")
+        found = soft_assign_grad(*given, True, float(case.d), "native")
+        for a, b in zip(found, oracle_grad(*given, True, float(case.d)), strict=True):
+            assert error(a, b) < 1e-5 or case.k == 1
 
 
 def test_autocast_does_not_round(backend: str) -> None:
