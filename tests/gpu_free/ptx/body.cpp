@@ -112,7 +112,10 @@ class Body {
     for (size_t i = 0; i < function_.code.size(); ++i)
       for (auto &o : function_.code[i].operands) resolve(function_.code[i], o, scope_of_[i], false);
     share_registers(function_);
-    for (auto &instruction : function_.code) decode(instruction);
+    for (auto &instruction : function_.code) {
+      decode(instruction);
+      function_.orders_blocks |= instruction.orders_blocks;
+    }
   }
 
  private:

@@ -1,8 +1,9 @@
-// Who knows of what, as vector clocks: what races.cpp orders accesses of shared memory by.
+// Who knows of what, as vector clocks: what races.cpp and races_between.cpp order accesses by.
 //
 // Threads of a block have numbers from 0 on, and so have agents behind them, which do asynchronous work: the copies of a
 // thread, the matrix products of a warp, the bulk copies that complete on an mbarrier. Each counts its epochs. A clock has,
-// by number, the last epoch that whoever has it comes after; what is not in it is 0.
+// by number, the last epoch that whoever has it comes after; what is not in it is 0. Of other blocks, it has such a clock of
+// each that it comes after something of.
 #ifndef PTX_CLOCKS_H
 #define PTX_CLOCKS_H
 
@@ -12,24 +13,32 @@
 
 namespace ptx {
 
-using Clock = std::vector<uint32_t>;
-using Known = std::shared_ptr<Clock>;  // shared by those who know the same: copied by whoever learns more
+struct Clock;
+using Known = std::shared_ptr<Clock>;      // shared by those who know the same: copied by whoever learns more
+using Others = std::map<uint32_t, Known>;  // by block
 
-inline uint32_t at(const Clock &clock, size_t number) { return number < clock.size() ? clock[number] : 0; }
+struct Clock {
+  std::vector<uint32_t> epochs;
+  std::shared_ptr<const Others> others;  // null: nothing
+};
+
+inline uint32_t at(const Clock &clock, size_t number) { return number < clock.epochs.size() ? clock.epochs[number] : 0; }
 
 inline void raise(Clock &clock, size_t number, uint32_t epoch) {
-  if (number >= clock.size()) clock.resize(number + 1);
-  clock[number] = std::max(clock[number], epoch);
-}
-
-inline void merge(Clock &clock, const Clock &other) {
-  if (clock.size() < other.size()) clock.resize(other.size());
-  for (size_t k = 0; k < other.size(); ++k) clock[k] = std::max(clock[k], other[k]);
+  if (number >= clock.epochs.size()) clock.epochs.resize(number + 1);
+  clock.epochs[number] = std::max(clock.epochs[number], epoch);
 }
 
 inline bool covers(const Clock &clock, const Clock &other) {
-  for (size_t k = 0; k < other.size(); ++k)
-    if (at(clock, k) < other[k]) return false;
+  for (size_t k = 0; k < other.epochs.size(); ++k)
+    if (at(clock, k) < other.epochs[k]) return false;
+  if (other.others == nullptr || other.others == clock.others) return true;
+  if (clock.others == nullptr) return false;
+  for (const auto &[block, known] : *other.others) {
+    const auto found = clock.others->find(block);
+    if (found == clock.others->end()) return false;
+    if (found->second != known && !covers(*found->second, *known)) return false;
+  }
   return true;
 }
 
@@ -42,6 +51,8 @@ inline Clock &own(Known &known, long holders = 1) {
   return *known;
 }
 
+inline void merge(Clock &clock, const Clock &other);
+
 // Adds what `other` has.
 inline void learn(Known &known, const Known &other) {
   if (other == nullptr || other == known) return;
@@ -49,6 +60,19 @@ inline void learn(Known &known, const Known &other) {
     known = other;
   else if (!covers(*known, *other))
     merge(own(known), *other);
+}
+
+inline void merge(Clock &clock, const Clock &other) {
+  if (clock.epochs.size() < other.epochs.size()) clock.epochs.resize(other.epochs.size());
+  for (size_t k = 0; k < other.epochs.size(); ++k) clock.epochs[k] = std::max(clock.epochs[k], other.epochs[k]);
+  if (other.others == nullptr || other.others == clock.others) return;
+  if (clock.others == nullptr) {
+    clock.others = other.others;
+    return;
+  }
+  auto both = std::make_shared<Others>(*clock.others);
+  for (const auto &[block, known] : *other.others) learn((*both)[block], known);
+  clock.others = std::move(both);
 }
 
 // Asynchronous work of one thread or warp, in groups that it commits and waits for.

@@ -65,7 +65,7 @@ Outcome copy(Warp &w, const Instruction &in, Lanes lanes) {
     if (taken && from & window_mask) w.fail(in, lane, "the source is not in global memory");
     if (taken) check_global(w, in, lane, from, taken);
     parts->push_back({shared_offset(w, in, lane, w.address(in.operands[0], lane), size, size), from, taken});
-    if (w.block.races) w.block.races->copy(w, in, lane, parts->back().to, size);
+    if (w.block.races) w.block.races->copy(w, in, lane, parts->back().to, size, from, taken);
   });
   auto &mine = issued(w);
   Block *block = &w.block;
@@ -84,7 +84,10 @@ Outcome copy(Warp &w, const Instruction &in, Lanes lanes) {
 Outcome commit(Warp &w, const Instruction &in, Lanes lanes) {
   auto &mine = issued(w);
   for_lanes(lanes, [&](int lane) { ++(in.detail[bulk] ? mine.bulk_committed : mine.committed)[lane]; });
-  if (w.block.races) w.block.races->commit(w, lanes, in.detail[bulk] ? Races::stores : Races::copies);
+  if (Races *const races = w.block.races.get()) {
+    races->commit(w, lanes, in.detail[bulk] ? Races::stores : Races::copies);
+    if (in.detail[bulk]) races->commit(w, lanes, Races::written);
+  }
   return Outcome::next;
 }
 
@@ -97,7 +100,10 @@ Outcome wait_group(Warp &w, const Instruction &in, Lanes lanes) {
     wait_for(w, mine.reads, mine.bulk_committed, lanes, but);
     if (!in.detail[reading]) wait_for(w, mine.writes, mine.bulk_committed, lanes, but);
   }
-  if (w.block.races) w.block.races->wait(w, lanes, in.detail[bulk] ? Races::stores : Races::copies, but);
+  if (Races *const races = w.block.races.get()) {
+    races->wait(w, lanes, in.detail[bulk] ? Races::stores : Races::copies, but);
+    if (in.detail[bulk] && !in.detail[reading]) races->wait(w, lanes, Races::written, but);
+  }
   return Outcome::next;
 }
 
@@ -172,7 +178,10 @@ Outcome bulk_in(Warp &w, const Instruction &in, Lanes lanes) {
     if (Races *races = w.block.races.get()) {
       races->access(w, in, lane, w.block.shared.bytes.data() + barrier, 8, Races::updates, Races::strong);
       races->arrive(w, lane, barrier);
-      if (from_shared) races->bulk_copy(w, in, lane, from, size, Races::reads, barrier, counts.phase);
+      if (from_shared)
+        races->bulk_copy(w, in, lane, from, size, Races::reads, barrier, counts.phase);
+      else
+        races->bulk_load(w, in, lane, from, size, barrier, counts.phase);
       races->bulk_copy(w, in, lane, to, size, Races::writes, barrier, counts.phase);
     }
     issue(w, nullptr, nullptr, 1u << lane, in_block(w.block, [=] {
@@ -196,7 +205,7 @@ Outcome bulk_out(Warp &w, const Instruction &in, Lanes lanes) {
     check_bulk(w, in, lane, to, size);
     const size_t from = shared_offset(w, in, lane, w.address(in.operands[1], lane), size, 16);
     check_fenced(w, in, lane, from, size);
-    if (w.block.races) w.block.races->bulk_store(w, in, lane, from, size);
+    if (w.block.races) w.block.races->bulk_store(w, in, lane, from, size, to);
     auto data = std::make_shared<std::vector<unsigned char>>(size);
     auto there = std::make_shared<bool>(false);
     auto read = issue(w, &mine.reads, mine.bulk_committed, 1u << lane, in_block(w.block, [=] {

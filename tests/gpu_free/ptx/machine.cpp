@@ -1,7 +1,7 @@
 // What instructions ask their warp, block and grid for, and the checks of a launch.
 #include <mutex>
 
-#include "machine.h"
+#include "races_between.h"
 
 namespace ptx {
 namespace {
@@ -15,6 +15,11 @@ Counts total{0, 0};
 
 std::string triple(const uint32_t at[3]) {
   return "(" + std::to_string(at[0]) + "," + std::to_string(at[1]) + "," + std::to_string(at[2]) + ")";
+}
+
+std::string triple(uint32_t number, const uint32_t size[3]) {
+  const uint32_t at[3] = {number % size[0], number / size[0] % size[1], number / size[0] / size[1]};
+  return triple(at);
 }
 
 }  // namespace
@@ -91,11 +96,8 @@ uint64_t Warp::special(const Operand &o, int lane) const {
   }
 }
 
-std::string thread_name(const Block &block, int thread) {
-  const uint32_t *size = block.grid.block_size, linear = static_cast<uint32_t>(thread);
-  const uint32_t at[3] = {linear % size[0], linear / size[0] % size[1], linear / (size[0] * size[1])};
-  return triple(at);
-}
+std::string thread_name(const Grid &grid, uint32_t thread) { return triple(thread, grid.block_size); }
+std::string block_name(const Grid &grid, uint32_t block) { return triple(block, grid.size); }
 
 void Warp::fail(const Instruction &instruction, int lane, const std::string &why) const {
   const Grid &grid = block.grid;
@@ -104,7 +106,7 @@ void Warp::fail(const Instruction &instruction, int lane, const std::string &why
   if (lane < 0) {
     where += "warp " + std::to_string(index);
   } else {
-    where += "thread " + thread_name(block, thread(lane));
+    where += "thread " + thread_name(grid, static_cast<uint32_t>(thread(lane)));
   }
   throw Error(where + ": " + why);
 }
@@ -182,7 +184,7 @@ void launch(Module &module, const std::string &kernel, const uint32_t grid_size[
   for (size_t i = 0; i < function.parameters.size(); ++i)
     std::memcpy(grid.parameters.data() + function.parameters[i].offset, arguments[i], function.parameters[i].size);
   grid.memory = accessible(grid);
-  grid.races = looks_for_races;
+  if (looks_for_races) grid.races = std::make_shared<RacesBetween>(grid);
   if (seed != 0) grid.deferred.random = &grid.random;
   ++total.launches;
   try {

@@ -4,7 +4,7 @@
 // assembly, descriptors, register fragments, or what a compiler made of them. Here the compilers' own output runs, as the
 // PTX manual defines it. parse.cpp reads a module and body.cpp a kernel, schedule.cpp runs its threads, and the instructions
 // are in scalar.cpp (registers, memory, control), async.cpp (barriers and copies) and matrix.cpp (ldmatrix, mma.sync, wgmma).
-// global.cpp and races.cpp look at what they access.
+// global.cpp, races.cpp and races_between.cpp look at what they access.
 //
 // Threads of a warp that are at the same instruction execute it together, those furthest behind first; a seed decides which
 // warp goes on and for how long, and when asynchronous work is done between its issue and its wait. What a GPU would fault
@@ -103,8 +103,9 @@ struct Instruction {
   std::vector<Operand> operands;   // a call's or wgmma's flags are operands like others
   int guard = -1;                  // slot of the predicate, or -1
   bool guard_negated = false;
-  bool quiet = false;  // changes nothing but registers: a loop of only such ones waits for others
-  int line = 0;        // of the module's text
+  bool quiet = false;          // changes nothing but registers: a loop of only such ones waits for others
+  bool orders_blocks = false;  // a fence, an acquire or a release whose scope is more than the block
+  int line = 0;                // of the module's text
   std::string text;
   Execute execute = nullptr;
   // What the decoder made of `words`, for speed: their meaning is the decoder's own.
@@ -125,6 +126,7 @@ struct Function {
   std::vector<Parameter> parameters;
   size_t parameter_bytes = 0;
   std::vector<Instruction> code;  // decoded; falls off its end like a `ret`
+  bool orders_blocks = false;     // some instruction of it does
   int slots = 0;                  // registers, predicates among them
   size_t shared = 0;              // bytes of static shared memory, laid out before dynamic memory
   size_t local = 0;
@@ -203,6 +205,7 @@ struct Shared {
 
 struct Block {
   Grid &grid;
+  uint32_t number = 0;  // in its grid
   uint32_t index[3] = {};
   std::vector<std::unique_ptr<Warp>> warps = {};
   Shared shared = {};
@@ -254,9 +257,9 @@ struct Grid {
   // True while a wait that gives up after a time (mbarrier.try_wait) must do so, because nothing else moves. After
   // `patience` such moments in a row the grid is deadlocked.
   bool impatient = false;
-  uint64_t instructions = 0;  // executed, of all warps
-  bool races = false;         // are looked for
-  bool waited = false;        // some thread has executed griddepcontrol.wait
+  uint64_t instructions = 0;                       // executed, of all warps
+  bool waited = false;                             // some thread has executed griddepcontrol.wait
+  std::shared_ptr<class RacesBetween> races = {};  // null: none are looked for, in its blocks neither
 };
 
 // An Error if a lane may not access these bytes of global memory, or not yet (global.cpp). Constants may be read at any time.
@@ -266,8 +269,9 @@ void watch(Warp &);
 // What a grid may access: the ranges that its thread has set, and what belongs to the launch itself.
 std::vector<Range> accessible(const Grid &);
 
-// "(x,y,z)" of a thread by its number in the block.
-std::string thread_name(const Block &, int thread);
+// "(x,y,z)" of a thread by its number in its block, of a block by its number.
+std::string thread_name(const Grid &, uint32_t thread);
+std::string block_name(const Grid &, uint32_t block);
 
 uint64_t next_random(uint64_t &state);
 // Runs the grid's blocks to their ends (schedule.cpp).
@@ -279,7 +283,7 @@ void launch(Module &, const std::string &kernel, const uint32_t grid[3], const u
 
 // For all launches from now on. 0: threads in order, asynchronous work at once; others: a mixture.
 void set_seed(uint64_t);
-// Whether to look for races (races.h): costs time.
+// Whether to look for races (races.h, races_between.h): costs time.
 void set_races(bool);
 // Bytes of shared memory that a block may have.
 void set_shared_limit(size_t);

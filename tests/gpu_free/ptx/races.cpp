@@ -4,14 +4,19 @@
 namespace ptx {
 namespace {
 
-// The start of an instruction: those with matrices have hundreds of registers.
-std::string start_of(const std::string &text) { return text.size() < 80 ? text : text.substr(0, 76) + " ..."; }
-
 const Instruction *code_of(const Warp &w) { return w.block.grid.function.code.data(); }
 
 }  // namespace
 
-Races::Races(Block &block) : block_(block), warps_(block.warps.size()), words_((block.shared.bytes.size() + 3) / 4) {
+std::string named(const Instruction &i) {
+  return "line " + std::to_string(i.line) + " \"" + (i.text.size() < 80 ? i.text : i.text.substr(0, 76) + " ...") + "\"";
+}
+
+Races::Races(Block &block)
+    : block_(block),
+      between_(uint64_t{block.grid.size[0]} * block.grid.size[1] * block.grid.size[2] > 1 ? block.grid.races.get() : nullptr),
+      warps_(block.warps.size()),
+      words_((block.shared.bytes.size() + 3) / 4) {
   const Known nothing = std::make_shared<Clock>();
   for (OfWarp &warp : warps_)
     for (Lane &lane : warp.lanes) lane.known = nothing;
@@ -112,7 +117,7 @@ void Races::fail(const Actor &actor, const Seen &now, const Seen &before, size_t
   }
   std::string who;
   if (before.who < threads) {
-    who = "thread " + thread_name(block_, static_cast<int>(before.who) + __builtin_ctz(lanes));
+    who = "thread " + thread_name(block_.grid, before.who + static_cast<uint32_t>(__builtin_ctz(lanes)));
   } else {
     const Agent &agent = agents_[before.who - threads];
     if (agent.bulk)
@@ -120,45 +125,56 @@ void Races::fail(const Actor &actor, const Seen &now, const Seen &before, size_t
     else if (agent.work == products)
       who = "matrix products of warp " + std::to_string(agent.of);
     else
-      who = "copies of thread " + thread_name(block_, static_cast<int>(agent.of));
+      who = "copies of thread " + thread_name(block_.grid, static_cast<uint32_t>(agent.of));
   }
   actor.warp.fail(actor.instruction, actor.lane,
                   std::string("a race: this ") + (now.write ? "write" : "read") + " of shared offset " +
-                      std::to_string(word * 4 + lowest) + " and a " + (before.write ? "write" : "read") + " by line " +
-                      std::to_string(other.line) + " \"" + start_of(other.text) + "\", " + who + ": nothing orders them");
+                      std::to_string(word * 4 + lowest) + " and a " + (before.write ? "write" : "read") + " by " + named(other) +
+                      ", " + who + ": nothing orders them");
 }
 
 void Races::access(const Warp &w, const Instruction &i, int lane, const void *place, size_t bytes, Kind kind, int order,
-                   const void *value) {
+                   const void *value, size_t count) {
   const std::vector<unsigned char> &all = block_.shared.bytes;
   const auto *p = static_cast<const unsigned char *>(place);
-  if (p >= all.data() && p < all.data() + all.size()) {
+  const auto who = static_cast<uint32_t>(w.index * 32);
+  const bool write = (kind & writes) != 0, shared = p >= all.data() && p < all.data() + all.size();
+  const bool between = !shared && between_ && !private_to_thread(place);
+  if (shared) {
     const auto instruction = static_cast<int>(&i - code_of(w));
-    const Seen now = {of(w).epoch,  static_cast<uint32_t>(w.index * 32), Lanes{1} << lane, instruction, 0, (kind & writes) != 0,
-                      order != weak};
+    const Seen now = {of(w).epoch, who, Lanes{1} << lane, instruction, 0, write, order != weak};
     see({w, i, lane}, now, static_cast<size_t>(p - all.data()), bytes, value);
+  } else if (between) {
+    const auto address = reinterpret_cast<uint64_t>(place);
+    see_between({w, i, lane}, who, of(w).epoch, Lanes{1} << lane, address, bytes, write, order & far ? bytes / count : 0);
   }
   if (order == weak) return;
   Lane &me = lane_of(w, lane);
   Known &there = places_[place];
   if (kind & reads) learn(order & acquires ? me.known : me.pending, there);
-  if (!(kind & writes)) return;
-  if (order & releases)
+  if (write && order & releases)
     publish(own(there), w, Lanes{1} << lane);
-  else
+  else if (write)
     learn(there, me.fenced);
+  if (!between || !(order & far)) return;
+  if (RacesBetween::Place *const for_all = between_->place(place)) order_far(w, lane, *for_all, kind, order);
 }
 
-void Races::copy(const Warp &w, const Instruction &i, int lane, size_t offset, size_t bytes) {
+void Races::copy(const Warp &w, const Instruction &i, int lane, size_t offset, size_t bytes, uint64_t from, size_t taken) {
   Groups &groups = lane_of(w, lane).work[copies];
   const uint32_t agent = agent_of(groups, {copies, false, static_cast<size_t>(w.thread(lane))});
   see({w, i, lane}, {groups.group, agent, 1, static_cast<int>(&i - code_of(w)), 0, true, false}, offset, bytes, nullptr);
+  if (between_) see_between({w, i, lane}, agent, groups.group, 1, from, taken, false);
 }
 
-void Races::bulk_store(const Warp &w, const Instruction &i, int lane, size_t offset, size_t bytes) {
+void Races::bulk_store(const Warp &w, const Instruction &i, int lane, size_t offset, size_t bytes, uint64_t to) {
   Groups &groups = lane_of(w, lane).work[stores];
   const uint32_t agent = agent_of(groups, {stores, false, static_cast<size_t>(w.thread(lane))});
   see({w, i, lane}, {groups.group, agent, 1, static_cast<int>(&i - code_of(w)), 0, false, false}, offset, bytes, nullptr);
+  if (!between_) return;
+  Groups &writing = lane_of(w, lane).work[written];
+  const uint32_t writer = agent_of(writing, {written, false, static_cast<size_t>(w.thread(lane))});
+  see_between({w, i, lane}, writer, writing.group, 1, to, bytes, true);
 }
 
 void Races::product(const Warp &w, const Instruction &i, size_t offset, size_t bytes) {
@@ -173,6 +189,28 @@ void Races::bulk_copy(const Warp &w, const Instruction &i, int lane, size_t offs
   const Seen now = {
       static_cast<uint32_t>(phase + 1), agent, 1, static_cast<int>(&i - code_of(w)), 0, (kind & writes) != 0, false};
   see({w, i, lane}, now, offset, bytes, nullptr);
+}
+
+void Races::bulk_load(const Warp &w, const Instruction &i, int lane, uint64_t from, size_t bytes, size_t barrier,
+                      uint64_t phase) {
+  const auto agent = static_cast<uint32_t>(mbarriers_.at(barrier).agent);
+  if (between_) see_between({w, i, lane}, agent, static_cast<uint32_t>(phase + 1), 1, from, bytes, false);
+}
+
+void Races::see_between(const Actor &actor, uint32_t who, uint32_t epoch, Lanes lanes, uint64_t address, size_t bytes, bool write,
+                        size_t element) {
+  const auto instruction = static_cast<int>(&actor.instruction - code_of(actor.warp));
+  const Clock &known = *lane_of(actor.warp, actor.lane).known;
+  between_->see({actor.warp, actor.instruction, actor.lane, known},
+                {block_.number, epoch, who, lanes, instruction, write, static_cast<uint8_t>(element)}, address, bytes);
+}
+
+// Local memory and parameters lie in the host's memory too, where other blocks' may come to lie later.
+bool Races::private_to_thread(const void *place) const {
+  const auto *p = static_cast<const unsigned char *>(place);
+  const std::vector<unsigned char> &local = block_.local, &parameters = block_.grid.parameters;
+  return (p >= parameters.data() && p < parameters.data() + parameters.size()) ||
+         (p >= local.data() && p < local.data() + local.size());
 }
 
 }  // namespace ptx

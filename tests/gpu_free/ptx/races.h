@@ -1,5 +1,5 @@
 // Races for a block's shared memory: two accesses, one of them a write, and nothing that orders them. Found whichever comes
-// first.
+// first. Accesses of global memory are handed to races_between.h, with what orders threads of other blocks.
 //
 // Threads are ordered by what the PTX manual says orders memory: bar.sync and its like, bar.warp.sync among the lanes it names
 // (no shuffle or vote, and not that lanes happened to run together), an arrival at an mbarrier and a wait that saw its phase
@@ -11,7 +11,7 @@
 
 #include <unordered_map>
 
-#include "clocks.h"
+#include "races_between.h"
 
 namespace ptx {
 
@@ -21,22 +21,24 @@ class Races {
 
   // ---- accesses; `offset` and `bytes` are of shared memory ----
 
-  enum Order : int { weak = 0, strong = 1, acquires = 2, releases = 4 };
+  // far: other blocks are in its scope.
+  enum Order : int { weak = 0, strong = 1, acquires = 2, releases = 4, far = 8 };
   enum Kind : int { reads = 1, writes = 2, updates = 3 };
-  // By a lane, of any memory: `value` is what it is about to store.
+  // By a lane, of any memory: `value` is what it is about to store, in `count` elements.
   void access(const Warp &, const Instruction &, int lane, const void *place, size_t bytes, Kind, int order = weak,
-              const void *value = nullptr);
-  // cp.async; the reads of a bulk copy to global memory; wgmma's of a warp.
-  void copy(const Warp &, const Instruction &, int lane, size_t offset, size_t bytes);
-  void bulk_store(const Warp &, const Instruction &, int lane, size_t offset, size_t bytes);
+              const void *value = nullptr, size_t count = 1);
+  // cp.async, from where it takes the first `taken` bytes; a bulk copy to global memory; wgmma's reads of a warp.
+  void copy(const Warp &, const Instruction &, int lane, size_t offset, size_t bytes, uint64_t from, size_t taken);
+  void bulk_store(const Warp &, const Instruction &, int lane, size_t offset, size_t bytes, uint64_t to);
   void product(const Warp &, const Instruction &, size_t offset, size_t bytes);
   // A bulk copy that completes on an mbarrier, in the phase after `phase` that are over.
   void bulk_copy(const Warp &, const Instruction &, int lane, size_t offset, size_t bytes, Kind, size_t barrier, uint64_t phase);
+  void bulk_load(const Warp &, const Instruction &, int lane, uint64_t from, size_t bytes, size_t barrier, uint64_t phase);
 
   // ---- order ----
 
   void meet(const Warp &, Lanes members);  // bar.warp.sync
-  void fence(const Warp &, Lanes);
+  void fence(const Warp &, Lanes, bool far);
   // Lanes come to a barrier of the block (16: the cluster's); the others of its threads go on after it.
   static constexpr size_t cluster = 16;
   void come(const Warp &, Lanes, size_t barrier);
@@ -49,15 +51,17 @@ class Races {
   void arrive(const Known &, size_t barrier);
   void phase(size_t barrier, uint64_t over);
   void see_over(const Warp &, Lanes, size_t barrier);
-  // Groups of asynchronous work. `but`: the latest groups that are not waited for; -1: everything is.
-  enum Work : int { copies, stores, products };
+  // Groups of asynchronous work: `stores` are the reads of bulk copies to global memory, `written` their writes.
+  // `but`: the latest groups that are not waited for; -1: everything is.
+  enum Work : int { copies, stores, written, products };
   void commit(const Warp &, Lanes, Work);
   void wait(const Warp &, Lanes, Work, int64_t but);
 
  private:
   struct Lane {
-    Known known, pending, fenced;  // what it knows; will by the next fence; did at the last
-    Groups work[2];                // copies, stores
+    Known known, pending, fenced;   // what it knows; will by the next fence; did at the last
+    Known far_pending, far_fenced;  // the same of other blocks, for them
+    Groups work[3];                 // copies, stores, written
   };
   struct OfWarp {
     uint32_t epoch = 1;  // of its lanes: one more after each release
@@ -95,13 +99,22 @@ class Races {
   bool ordered(const Actor &, const Seen &before) const;
   void see(const Actor &, Seen now, size_t offset, size_t bytes, const void *value);
   void see_word(const Actor &, const Seen &now, size_t word, const void *value);
+  // Of global memory; `who` and `epoch` as in Seen.
+  void see_between(const Actor &, uint32_t who, uint32_t epoch, Lanes, uint64_t address, size_t bytes, bool write,
+                   size_t element = 0);
+  bool private_to_thread(const void *place) const;
   [[noreturn]] void fail(const Actor &, const Seen &now, const Seen &before, size_t word) const;
   // What lanes know and do by now, into a clock; then a new epoch begins.
   void publish(Clock &, const Warp &, Lanes);
   template <class F>
   void for_known(const Warp &, Lanes, F);
+  // What a lane does, for other blocks; what they did, to one that acquires it.
+  Known published(const Warp &, int lane);
+  void learn_far(Known &, const Known &far) const;
+  void order_far(const Warp &, int lane, RacesBetween::Place &, Kind, int order);
 
   Block &block_;
+  RacesBetween *const between_;  // null: the block is the only one
   std::vector<OfWarp> warps_;
   std::vector<Agent> agents_;  // their numbers follow those of the lanes of all warps
   std::vector<std::vector<Seen>> words_;
@@ -109,6 +122,9 @@ class Races {
   std::unordered_map<size_t, Mbarrier> mbarriers_;
   std::unordered_map<const void *, Known> places_;  // of strong accesses: what those who wrote there had released
 };
+
+// "line 12 "st.global..."", the start of the instruction: those with matrices have hundreds of registers.
+std::string named(const Instruction &);
 
 }  // namespace ptx
 

@@ -1,4 +1,4 @@
-// What orders the threads of a block, and asynchronous work with them.
+// What orders the threads of a block, and asynchronous work with them; and those of other blocks.
 #include "races.h"
 
 namespace ptx {
@@ -43,14 +43,55 @@ void Races::meet(const Warp &w, Lanes members) {
   for (; members; members &= members - 1) lane_of(w, __builtin_ctz(members)).known = joined;
 }
 
-void Races::fence(const Warp &w, Lanes lanes) {
+void Races::fence(const Warp &w, Lanes lanes, bool far) {
   for (; lanes; lanes &= lanes - 1) {
     Lane &me = lane_of(w, __builtin_ctz(lanes));
     learn(me.known, me.pending);
     me.pending.reset();
     me.fenced.reset();
+    if (far && between_) {
+      learn_far(me.known, me.far_pending);
+      me.far_pending.reset();
+      me.far_fenced = published(w, __builtin_ctz(lanes));
+    }
     publish(own(me.fenced), w, lanes & -lanes);
   }
+}
+
+Known Races::published(const Warp &w, int lane) {
+  Known mine;
+  publish(own(mine), w, Lanes{1} << lane);
+  auto all = mine->others ? std::make_shared<Others>(*mine->others) : std::make_shared<Others>();
+  mine->others.reset();
+  (*all)[block_.number] = mine;
+  Known far = std::make_shared<Clock>();
+  far->others = std::move(all);
+  return far;
+}
+
+void Races::learn_far(Known &known, const Known &far) const {
+  if (far == nullptr) return;
+  learn(known, far);
+  // Among it, what the block itself had published.
+  const auto mine = far->others->find(block_.number);
+  if (mine != far->others->end() && !covers(*known, *mine->second)) merge(own(known), *mine->second);
+}
+
+void Races::order_far(const Warp &w, int lane, RacesBetween::Place &place, Kind kind, int order) {
+  Lane &me = lane_of(w, lane);
+  if (kind & reads) {
+    if (order & acquires)
+      learn_far(me.known, place.released);
+    else
+      learn(me.far_pending, place.released);
+  }
+  if (!(kind & writes)) return;
+  const auto thread = static_cast<uint32_t>(w.thread(lane));
+  // A store of somebody else's ends the chain, an atomic goes on with it.
+  if (!(kind & reads) && (place.block != block_.number || place.thread != thread)) place.released.reset();
+  place.block = block_.number;
+  place.thread = thread;
+  learn(place.released, order & releases ? published(w, lane) : me.far_fenced);
 }
 
 void Races::come(const Warp &w, Lanes lanes, size_t barrier) { publish(own(barriers_[barrier]), w, lanes); }

@@ -114,7 +114,7 @@ Execute for_operation(int which, Type t, std::integer_sequence<int, op...>) {
 
 Decoded decode_atomic(Instruction &i, const std::string &op, Words &words) {
   if (op != "atom" && op != "red") return {};
-  i.detail[2] = take_order(words) | Races::strong;
+  i.detail[2] = take_order(words, i, Races::strong);
   words.ignore({"noftz"});
   const bool policy = words.take("L2::cache_hint");
   const Space space = take_space(words);

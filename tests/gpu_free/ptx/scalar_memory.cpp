@@ -59,16 +59,22 @@ unsigned char *checked(Warp &w, const Instruction &i, int lane, Space space, uin
   return reinterpret_cast<unsigned char *>(address);
 }
 
+// Clusters are single blocks. What says nothing and is strong nevertheless, volatile or atomic, is of a larger scope.
+int take_scope(Words &words) {
+  const int which = words.one_of({"cta", "cluster", "gpu", "gl", "sys"});
+  return which == 0 || which == 1 ? 0 : Races::far;
+}
+
 // Values are those of the strongest order, whatever it says: threads here see memory as one.
-int take_order(Words &words) {
-  words.ignore({"weak", "cta", "cluster", "gpu", "sys"});
-  switch (words.one_of({"volatile", "relaxed", "mmio", "acquire", "release", "acq_rel"})) {
-    case -1: return Races::weak;
-    case 3: return Races::strong | Races::acquires;
-    case 4: return Races::strong | Races::releases;
-    case 5: return Races::strong | Races::acquires | Races::releases;
-    default: return Races::strong;
-  }
+int take_order(Words &words, Instruction &i, Races::Order plain) {
+  words.take("weak");
+  const int scope = take_scope(words), which = words.one_of({"volatile", "relaxed", "mmio", "acquire", "release", "acq_rel"});
+  int order = which < 0 ? plain : Races::strong;
+  if (which == 3 || which == 5) order |= Races::acquires;
+  if (which == 4 || which == 5) order |= Races::releases;
+  if (order == Races::weak) return order;
+  i.orders_blocks = scope != 0 && order != Races::strong;
+  return order | scope;
 }
 
 Space take_space(Words &words) {
@@ -103,7 +109,7 @@ Outcome load(Warp &w, const Instruction &i, Lanes lanes) {
   const Addresses addresses(w, from);
   each(lanes, [&](int lane) {
     const unsigned char *p = located(w, i, lane, space, addresses[lane], sizeof(T) * count, false);
-    if (races) races->access(w, i, lane, p, sizeof(T) * count, Races::reads, i.detail[3]);
+    if (races) races->access(w, i, lane, p, sizeof(T) * count, Races::reads, i.detail[3], nullptr, count);
     for (size_t k = 0; k < count; k++) {
       T value;
       std::memcpy(&value, p + k * sizeof(T), sizeof(T));
@@ -127,14 +133,14 @@ Outcome store(Warp &w, const Instruction &i, Lanes lanes) {
     unsigned char *p = located(w, i, lane, space, addresses[lane], sizeof(T) * count, true);
     T given[8];
     for (size_t k = 0; k < count; k++) given[k] = static_cast<T>(registers[k][lane]);
-    if (races) races->access(w, i, lane, p, sizeof(T) * count, Races::writes, i.detail[3], given);
+    if (races) races->access(w, i, lane, p, sizeof(T) * count, Races::writes, i.detail[3], given, count);
     std::memcpy(p, given, count * sizeof(T));
   });
   return Outcome::next;
 }
 
 Decoded decode_access(Instruction &i, bool loads, Words &words) {
-  i.detail[3] = take_order(words);
+  i.detail[3] = take_order(words, i);
   words.ignore({"nc", "unified"});
   words.ignore({"ca", "cg", "cs", "lu", "cv", "wb", "wt"});
   const bool policy = words.take("L2::cache_hint");
@@ -197,8 +203,9 @@ Outcome isspacep(Warp &w, const Instruction &i, Lanes lanes) {
 
 Outcome nothing(Warp &, const Instruction &, Lanes) { return Outcome::next; }
 
-Outcome fence(Warp &w, const Instruction &, Lanes lanes) {
-  if (w.block.races) w.block.races->fence(w, lanes);
+// detail: [0] its scope.
+Outcome fence(Warp &w, const Instruction &i, Lanes lanes) {
+  if (w.block.races) w.block.races->fence(w, lanes, i.detail[0] != 0);
   return Outcome::next;
 }
 
@@ -235,7 +242,9 @@ Decoded decode_memory(Instruction &i, const std::string &op, Words &words) {
   }
   // Threads see memory as one. Fences of the asynchronous proxy and of mbarriers have words that are not among these.
   if (op == "fence" || op == "membar") {
-    words.ignore({"sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"});
+    words.ignore({"sc", "acq_rel", "acquire", "release"});
+    i.detail[0] = take_scope(words);
+    i.orders_blocks = i.detail[0] != 0 && words.empty();
     return {fence, 0};
   }
   return {};

@@ -9,8 +9,10 @@ namespace ptx {
 
 enum class Space : int { generic, global, constant, parameter, local, shared };
 
-// Takes what an access says of its order, and what it does not: of Races::Order.
-int take_order(Words &);
+// Takes what an access or a fence says of its scope: Races::far, or 0 if that is no more than the block.
+int take_scope(Words &);
+// Takes what an access says of its order, and its scope: of Races::Order. `plain` is that of one that says nothing.
+int take_order(Words &, Instruction &, Races::Order plain = Races::weak);
 // Takes the word of a state space; generic if there is none.
 Space take_space(Words &);
 

@@ -81,6 +81,7 @@ class Scheduler {
     const uint32_t *size = grid_.block_size;
     grid_.blocks.push_back(std::unique_ptr<Block>(new Block{grid_}));
     Block &block = *grid_.blocks.back();
+    block.number = static_cast<uint32_t>(linear);
     block.index[0] = static_cast<uint32_t>(linear % grid_.size[0]);
     block.index[1] = static_cast<uint32_t>(linear / grid_.size[0] % grid_.size[1]);
     block.index[2] = static_cast<uint32_t>(linear / grid_.size[0] / grid_.size[1]);
