@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 from vqkernels.nn import MultiScaleVectorQuantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 
@@ -89,6 +89,20 @@ def test_sharded_equals_plain(name: str, wrap: str) -> None:
     expected, found = train(plain, sgd(plain)), train(sharded, sgd(sharded))
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert_same(state(plain), state(sharded))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_mixed_precision_of_parameters_trains_and_keeps_the_state_in_float32(name: str) -> None:
+    model = build(name)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (model.quantizer, model):
+        fully_shard(module, mp_policy=policy)
+    before = state(model)
+    assert all((indices >= -1).all() for indices in train(model, sgd(model)))
+    for key, value in state(model).items():
+        assert value.dtype == before[key].dtype
+        assert not value.is_floating_point() or value.isfinite().all()
+    assert any(not torch.equal(before[key], value) for key, value in state(model).items() if "quantizer" in key)
 
 
 @pytest.mark.parametrize("wrap", ["fully_shard", "FSDP"])

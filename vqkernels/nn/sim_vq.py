@@ -101,7 +101,9 @@ class SimVQ(nn.Module):
     def codebook(self) -> Tensor:
         """The projected codes (K, D), float32 whatever autocast says."""
         with arguments.without_autocast(self.frozen_codebook):
-            codes: Tensor = self.code_transform(self.frozen_codebook)
+            # FSDP's mixed precision rounds parameters but no buffers.
+            like = next(self.code_transform.parameters(), self.frozen_codebook)
+            codes: Tensor = self.code_transform(self.frozen_codebook.to(like.dtype))
         if tuple(codes.shape) != (self.num_embeddings, self.embedding_dim):
             wanted = (self.num_embeddings, self.embedding_dim)
             raise ValueError(f"transform gave shape {arguments.shape_of(codes)}; expected {wanted}")
