@@ -6,6 +6,7 @@ that of one process holding all codes, bit for bit, whatever the number of proce
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -274,6 +275,14 @@ class ShardedVectorQuantizer(nn.Module):
             self.register_buffer("codebook", codes)
         self.register_buffer("cluster_size", None if decay is None else torch.ones(len(codes)))
         self.register_buffer("embed_avg", None if decay is None else codes.clone())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedVectorQuantizer:
+        """A copy for the same processes: a group of them cannot be copied."""
+        memo[id(self.group)] = self.group
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def extra_repr(self) -> str:
         """Sizes and the range of codes that live here."""
