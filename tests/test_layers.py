@@ -28,7 +28,7 @@ LAYERS = (
     ("vqkernels.convert", "vqkernels.patch", "vqkernels.recognisers"),
     ("vqkernels.nn", "vqkernels.distributed"),
     ("vqkernels.testing",),
-    ("vqkernels.functional", "vqkernels.levels", "vqkernels.explanation"),
+    ("vqkernels.functional", "vqkernels.levels", "vqkernels.explanation", "vqkernels.export"),
     ("vqkernels._gradients",),
     ("vqkernels._arguments",),
     ("vqkernels.info",),

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from vqkernels import _arguments as arguments
 from vqkernels import ops
 
-__all__ = ["lookup", "once", "pass_through", "quantize", "rotate_back", "transformed"]
+__all__ = ["lookup", "once", "pass_through", "quantize", "rotate_back", "transformed", "wanted"]
 
 # Norms below this are taken to be this, as in the op ``quantize_grad``.
 SMALLEST_NORM = 1e-6
@@ -31,7 +31,7 @@ def transformed(*tensors: Tensor) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
 
 
-def _wanted(*tensors: Tensor) -> bool:
+def wanted(*tensors: Tensor) -> bool:
     """Whether a gradient is asked for; a call of an ``autograd.Function`` is not free where it is not."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -48,7 +48,7 @@ def quantize(
     if transformed(z, codebook):
         return _plain_quantize(z, codebook, indices, gradient)
     channel_first = arguments.is_channel_first(z)
-    if _wanted(z, codebook):
+    if wanted(z, codebook):
         given = (z, codebook, indices, distance, masked, channel_first, gradient)
         quantized, codebook_loss, commitment_loss = _apply(_Quantize, *given)
     else:
@@ -64,7 +64,7 @@ def lookup(codebook: Tensor, indices: Tensor, channel_first: bool) -> Tensor:
     if transformed(codebook):
         return _plain_lookup(codebook, indices)
     values: Tensor
-    if _wanted(codebook):
+    if wanted(codebook):
         values = _apply(_Lookup, codebook, indices, channel_first)
     else:
         values = ops.lookup(codebook, indices, channel_first, codebook.dtype)

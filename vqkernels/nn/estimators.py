@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqkernels._gradients import pass_through, rotate_back, transformed
+from vqkernels._gradients import pass_through, rotate_back, transformed, wanted
 
 __all__ = ["estimate", "rotate_back"]
 
@@ -35,6 +35,8 @@ def estimate(z: Tensor, values: Tensor, gradient: str = "straight_through", dim:
         return values.detach()
     if transformed(z):
         return pass_through(z, values, gradient, dim)
+    if not wanted(z):  # torch.jit.trace saves no Function
+        return values.detach().clone()
     if gradient == "straight_through":
         through: Tensor = _Through.apply(z, values.detach())  # type: ignore[no-untyped-call]
         return through
