@@ -52,10 +52,10 @@ def exported(name: str, model: nn.Module, x: Tensor) -> torch.export.ExportedPro
     return torch.export.export(model, (x,), dynamic_shapes=shapes).run_decompositions(decompositions())
 
 
-def assert_same(got: Any, want: Any) -> None:
+def assert_same(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     for a, b in zip(tensors(got), tensors(want), strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(("name", "grads"), [*((name, False) for name in NAMES), ("patched VQModel", True)])
@@ -91,7 +91,8 @@ def test_onnx(name: str, tmp_path: Path) -> None:
         torch.onnx.export(program, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
         session = runtime.InferenceSession(tmp_path / "model.onnx")
         (given,) = session.get_inputs()
-        assert_same([torch.from_numpy(t) for t in session.run(None, {given.name: other.numpy()})], model(other))
+        found = [torch.from_numpy(t) for t in session.run(None, {given.name: other.numpy()})]
+        assert_same(found, model(other), 1e-4, 1e-4)  # its convolutions sum in another order
 
 
 @pytest.mark.parametrize("name", [*NAMES, "patched VQModel"])
