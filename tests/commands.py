@@ -62,13 +62,14 @@ def _run(arguments: list[str], environment: dict[str, str], threads: int, out: C
     sys.exit(main(arguments))
 
 
-def kill_at_random(arguments: list[str], draw: random.Random, *, working: bool) -> bool:
+def kill_at_random(arguments: list[str], draw: random.Random, longest: float, *, working: bool) -> bool:
     """Run ``vqkernels`` and kill it with SIGKILL.
 
     Args:
         arguments: of the command; it shows a progress bar once it works.
         draw: for the moment.
-        working: up to half a second after the bar appeared; else up to a second after the start.
+        longest: seconds that it may have; a share of what a whole run takes on this machine now.
+        working: counted from when the bar appeared; else from the start.
 
     Returns:
         Whether it was still running.
@@ -76,7 +77,7 @@ def kill_at_random(arguments: list[str], draw: random.Random, *, working: bool) 
     command, seen = Command(arguments), ""
     while working and "%|" not in seen and (part := _read(command.stderr)):
         seen += part
-    command.process.join(draw.uniform(0.0, 0.5 if working else 1.0))
+    command.process.join(draw.uniform(0.0, longest))
     running = command.process.is_alive()
     command.process.kill()
     command.process.join()

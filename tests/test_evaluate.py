@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return found
 
 
+TAKES: list[float] = []  # seconds, of a whole run
+
+
 @pytest.fixture(scope="module")
 def report(folders: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     output = tmp_path_factory.mktemp("report")
-    return evaluate(EvaluateConfig(tuple(folders), output=str(output), size=64, limit=9), say=quiet), output
+    began = time.monotonic()
+    found = evaluate(EvaluateConfig(tuple(folders), output=str(output), size=64, limit=9), say=quiet)
+    TAKES.append(time.monotonic() - began)
+    return found, output
 
 
 def test_numbers_are_what_they_say(report: tuple[dict[str, Any], Path], folders: list[str]) -> None:
@@ -151,7 +158,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_report(
     options = ["evaluate", *folders, "--output", str(tmp_path / "r"), "--size", "64", "--limit", "9"]
     draw, hits = random.Random(1), 0
     for i in range(10):
-        hits += kill_at_random(options, draw, working=i % 3 < 2)
+        hits += kill_at_random(options, draw, 0.1 * TAKES[0], working=i % 3 < 2)
         for path in (tmp_path / "r").rglob("*.json"):
             if not path.name.startswith("."):
                 json.loads(path.read_text())
