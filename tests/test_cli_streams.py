@@ -129,7 +129,7 @@ def test_an_output_that_is_no_utf8_is_refused_before_anything_is_written(
     command: str, model: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / os.fsdecode(b"caf\xe9")
-    how = ["train", "--data", *SIZES] if command == "train" else [command, model, "--images"]
+    how = ["train", "--data", *SIZES, "--steps", "1"] if command == "train" else [command, model, "--images"]
     how.insert(2 if command == "train" else 3, str(images))
     assert main([*how, "--output", str(output)]) == 2
     assert "is no UTF-8" in one_line(capsys)
