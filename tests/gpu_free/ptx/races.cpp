@@ -140,12 +140,15 @@ void Races::access(const Warp &w, const Instruction &i, int lane, const void *pl
   const auto who = static_cast<uint32_t>(w.index * 32);
   const bool write = (kind & writes) != 0, shared = p >= all.data() && p < all.data() + all.size();
   const bool between = !shared && between_ && !private_to_thread(place);
+  RacesBetween::Place *const for_all = between && order & far ? between_->place(place) : nullptr;
+  const bool again = for_all && !write && spins(w, i, lane, place, *for_all);
   if (shared) {
     const auto instruction = static_cast<int>(&i - code_of(w));
     const Seen now = {of(w).epoch, who, Lanes{1} << lane, instruction, 0, write, order != weak};
     see({w, i, lane}, now, static_cast<size_t>(p - all.data()), bytes, value);
-  } else if (between) {
+  } else if (between && !again) {
     const auto address = reinterpret_cast<uint64_t>(place);
+    if (order == weak && between_->is_plain(address, bytes)) return between_->see_plain(w, i, lane, address, bytes, write);
     see_between({w, i, lane}, who, of(w).epoch, Lanes{1} << lane, address, bytes, write, order & far ? bytes / count : 0);
   }
   if (order == weak) return;
@@ -156,8 +159,7 @@ void Races::access(const Warp &w, const Instruction &i, int lane, const void *pl
     publish(own(there), w, Lanes{1} << lane);
   else if (write)
     learn(there, me.fenced);
-  if (!between || !(order & far)) return;
-  if (RacesBetween::Place *const for_all = between_->place(place)) order_far(w, lane, *for_all, kind, order);
+  if (for_all && !again) order_far(w, lane, *for_all, kind, order);
 }
 
 void Races::copy(const Warp &w, const Instruction &i, int lane, size_t offset, size_t bytes, uint64_t from, size_t taken) {

@@ -62,6 +62,13 @@ class Races {
     Known known, pending, fenced;   // what it knows; will by the next fence; did at the last
     Known far_pending, far_fenced;  // the same of other blocks, for them
     Groups work[3];                 // copies, stores, written
+    // What it read last of a place that orders blocks, to know when it spins.
+    struct {
+      const void *place = nullptr;
+      const Instruction *instruction = nullptr;
+      uint32_t epoch = 0;
+      Known released;
+    } spin;
   };
   struct OfWarp {
     uint32_t epoch = 1;  // of its lanes: one more after each release
@@ -112,6 +119,7 @@ class Races {
   Known published(const Warp &, int lane);
   void learn_far(Known &, const Known &far) const;
   void order_far(const Warp &, int lane, RacesBetween::Place &, Kind, int order);
+  bool spins(const Warp &, const Instruction &, int lane, const void *place, const RacesBetween::Place &);
 
   Block &block_;
   RacesBetween *const between_;  // null: the block is the only one

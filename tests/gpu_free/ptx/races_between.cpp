@@ -17,13 +17,6 @@ bool harmless(const RacesBetween::Seen &a, const RacesBetween::Seen &b) {
 
 RacesBetween::RacesBetween(const Grid &grid) : grid_(grid), orders_(grid.function.orders_blocks) {}
 
-RacesBetween::Page &RacesBetween::page_of(uint64_t word) {
-  const uint64_t number = word / Page::words;
-  auto &recent = recent_[number % 64];
-  if (recent.number != number) recent = {number, &pages_[number]};
-  return *recent.page;
-}
-
 bool RacesBetween::ordered(const Actor &actor, const Seen &before) const {
   const Clock *clock = &actor.known;
   if (before.block != actor.warp.block.number) {
@@ -43,10 +36,33 @@ void RacesBetween::see(const Actor &actor, Seen now, uint64_t address, size_t by
     now.bytes = static_cast<uint8_t>(((1u << count) - 1) << first);
     Page &page = page_of(word);
     uint32_t &written = page.written[word % Page::words], &read = page.read[word % Page::words];
+    if (!orders_) compare(page.cells[word % Page::words], actor, now, word);
     if (written) compare(page, written, actor, now, word);
     if (now.write && read) compare(page, read, actor, now, word);
     remember(page, now.write ? written : read, now);
     address += count;
+  }
+}
+
+void RacesBetween::see_first(Page &page, const Warp &w, const Instruction &i, int lane, uint64_t word, bool write) {
+  const auto instruction = static_cast<uint32_t>(&i - grid_.function.code.data());
+  const auto thread = static_cast<uint32_t>(w.thread(lane));
+  const Seen now = {w.block.number, 0, thread, 1, static_cast<int>(instruction), write, 0, 15};
+  const Clock nothing;
+  const Actor actor = {w, i, lane, nothing};
+  Cell &cell = page.cells[word % Page::words];
+  uint32_t &written = page.written[word % Page::words], &read = page.read[word % Page::words];
+  compare(cell, actor, now, word);
+  if (written) compare(page, written, actor, now, word);
+  if (write && read) compare(page, read, actor, now, word);
+  (write ? cell.written : cell.read[cell.read[0].block != 0]) = {now.block + 1, instruction * 1024 + thread};
+}
+
+void RacesBetween::compare(const Cell &cell, const Actor &actor, const Seen &now, uint64_t word) const {
+  for (const Part *part : {&cell.written, &cell.read[0], &cell.read[1]}) {
+    if (part->block == 0 || part->block == now.block + 1) continue;
+    const Seen before = {part->block - 1, 0, part->by % 1024, 1, static_cast<int>(part->by / 1024), part == &cell.written, 0, 15};
+    if (!harmless(before, now)) fail(actor, now, before, word);
   }
 }
 
@@ -70,8 +86,9 @@ void RacesBetween::compare(Page &page, uint32_t &list, const Actor &actor, const
 }
 
 void RacesBetween::remember(Page &page, uint32_t &list, const Seen &now) {
-  int alike = 0;
+  int alike = 0, looked = 0;
   for (uint32_t *link = &list; *link; link = &page.seen[*link].next) {
+    if (orders_ && ++looked == 8) break;  // it may be there twice
     const uint32_t at = *link;
     Seen &before = page.seen[at];
     if (before.element != now.element || (before.bytes & now.bytes) != now.bytes) continue;
@@ -112,7 +129,7 @@ void RacesBetween::fail(const Actor &actor, const Seen &now, const Seen &before,
   const uint64_t address = word * 4 + static_cast<uint64_t>(__builtin_ctz(now.bytes & before.bytes));
   Lanes lanes = before.lanes;
   // Of the lanes, the first that is not ordered.
-  for (Seen one = before; lanes; lanes &= lanes - 1) {
+  for (Seen one = before; orders_ && lanes; lanes &= lanes - 1) {
     one.lanes = lanes & -lanes;
     if (!ordered(actor, one)) break;
   }

@@ -77,6 +77,15 @@ void Races::learn_far(Known &known, const Known &far) const {
   if (mine != far->others->end() && !covers(*known, *mine->second)) merge(own(known), *mine->second);
 }
 
+// Has it just read so, with nothing released there since?
+bool Races::spins(const Warp &w, const Instruction &i, int lane, const void *place, const RacesBetween::Place &there) {
+  auto &last = lane_of(w, lane).spin;
+  const uint32_t epoch = of(w).epoch;
+  if (last.place == place && last.instruction == &i && last.epoch == epoch && last.released == there.released) return true;
+  last = {place, &i, epoch, there.released};
+  return false;
+}
+
 void Races::order_far(const Warp &w, int lane, RacesBetween::Place &place, Kind kind, int order) {
   Lane &me = lane_of(w, lane);
   if (kind & reads) {
