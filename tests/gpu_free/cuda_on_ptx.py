@@ -1,6 +1,6 @@
 """What the PTX machine checks while the CUDA library runs on it: a pytest plugin, loaded by test_ptx_cuda.py.
 
-Races for shared memory, and accesses of global memory. The library gets addresses, some of them inside structures.
+Races for shared memory and between blocks, accesses of global memory. The library gets addresses, some in structures.
 Whoever hands one over has asked the tensor for it: from then on, and for as long as it lives, its storage may be
 accessed by kernels, and nothing else.
 """

@@ -145,7 +145,7 @@ def set_seed(seed: int) -> None:
 
 
 def set_races(on: bool) -> None:
-    """Choose whether races for shared memory are looked for; costs time."""
+    """Choose whether races for shared memory, and between blocks for global memory, are looked for; costs time."""
     library().ptx_races(on)
 
 

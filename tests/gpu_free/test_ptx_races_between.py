@@ -256,3 +256,58 @@ def test_races_are_found_in_every_order(name: str, which: int) -> None:
     for seed in SEEDS:
         with pytest.raises(PtxError, match="a race: this"):
             launch(PROGRAMS[name], body, seed)
+
+
+def test_the_error_names_both_sides() -> None:
+    body = "@!%p1 ld.global.u32 %r8, [%rd6]; @%p1 st.global.u32 [%rd6], %r8;"
+    found = set()
+    for seed in SEEDS:
+        with pytest.raises(PtxError) as error:
+            launch(Program(body, (), blocks=2), body, seed)
+        side = r'line \d+ "@!?%p1 (ld|st)\.global[^"]*", block (\S+), thread \((\d+),0,0\)'
+        what = r"a race: this (\w+) of global memory at 0x\w+ and a (\w+) by"
+        text = rf"kernel k, {side}: {what} {side}: nothing orders them"
+        match = re.fullmatch(text, str(error.value))
+        assert match, str(error.value)
+        op, block, _, this, that, other, other_block, _ = match.groups()
+        names = {"ld": ("read", "(1,0,0)"), "st": ("write", "(0,0,0)")}
+        assert (this, block) == names[op]
+        assert (that, other_block) == names[other]
+        found.add(this)
+    assert found
+
+
+def test_equal_values_are_a_race_between_blocks_alone() -> None:
+    body = "st.global.u32 [%rd6], 7;"
+    for seed in SEEDS:
+        launch(Program(body, (), blocks=1), body, seed)
+        with pytest.raises(PtxError, match="a race: this write"):
+            launch(Program(body, ()), body, seed)
+
+
+def test_a_launch_comes_after_those_before_it() -> None:
+    out = torch.zeros(64, dtype=torch.int32)
+    store = "mov.u32 %r0, %ctaid.x; setp.eq.u32 %p0, %r0, {block}; @%p0 st.global.u32 [%out], %r0;"
+    for block in (0, 1):
+        Module(f"""
+            .version 8.6
+            .target sm_90a
+            .address_size 64
+            .visible .entry k(.param .u64 out)
+            {{
+                .reg .pred %p<2>; .reg .b32 %r<2>; .reg .b64 %out; ld.param.u64 %out, [out];
+                {store.format(block=block)} ret;
+            }}
+        """).launch("k", 2, 1, out)
+    assert out[0] == 1
+
+
+def test_local_memory_and_parameters_are_nobody_elses() -> None:
+    body = ".local .align 4 .b8 stack[16]; st.local.u32 [stack], %r1; ld.local.u32 %r8, [stack];"
+    launch(Program(body, (), blocks=20), body, 0)
+
+
+def test_nothing_is_looked_for_unless_asked() -> None:
+    set_races(False)
+    body = "st.global.u32 [%rd6], %r1;"
+    launch(Program(body, ()), body, 0)
