@@ -173,7 +173,8 @@ class LearnedCodebook(nn.Module):
         if not self._pooling:
             self._apply_statistics(all_reduce(found, self.sync), code_weights, masked)
             return
-        self._pool_masked |= masked
+        if masked:  # not |=, which Dynamo of torch 2.11 writes as an assignment to a constant
+            self._pool_masked = True
         if self._pool is None:
             self._pool = found
         else:
