@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import re
 import time
 from pathlib import Path
@@ -156,12 +157,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_report(
     report: tuple[dict[str, Any], Path], folders: list[str], tmp_path: Path
 ) -> None:
     options = ["evaluate", *folders, "--output", str(tmp_path / "r"), "--size", "64", "--limit", "9"]
-    draw, hits = random.Random(1), 0
+    draw, hits, longest = random.Random(1), 0, 0.1 * TAKES[0]
     for i in range(10):
-        hits += kill_at_random(options, draw, 0.1 * TAKES[0], working=i % 3 < 2)
+        hit = kill_at_random(options, draw, longest, working=i % 3 < 2)
+        hits += hit
         for path in (tmp_path / "r").rglob("*.json"):
             if not path.name.startswith("."):
                 json.loads(path.read_text())
+        if not hit:  # the run that was timed had a busier machine, or this one was nearly done: once more from the start
+            longest /= 2
+            shutil.rmtree(tmp_path / "r", ignore_errors=True)
     assert hits >= 3
     evaluate(EvaluateConfig(tuple(folders), output=str(tmp_path / "r"), size=64, limit=9), say=quiet)
     assert without_timing(tmp_path / "r" / "report.json") == without_timing(report[1] / "report.json")

@@ -143,12 +143,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(
     expected: Path, model: str, photographs: str, tmp_path: Path
 ) -> None:
     options = ["tokenize", model, "--images", photographs, "--output", str(tmp_path / "t"), "--shard-size", "40"]
-    draw, hits = random.Random(0), 0
+    draw, hits, longest = random.Random(0), 0, 0.3 * TAKES[0]
     for i in range(10):
-        hits += kill_at_random(options, draw, 0.3 * TAKES[0], working=i % 3 < 2)
+        hit = kill_at_random(options, draw, longest, working=i % 3 < 2)
+        hits += hit
         for path in (tmp_path / "t").glob("tokens-*"):  # nothing damaged under a final name
             assert sha256(path) == sha256(expected / path.name)
-    assert hits >= 3  # three of them are shorter than a whole run
+        if not hit:  # the run that was timed had a busier machine, or this one was nearly done: once more from the start
+            longest /= 2
+            shutil.rmtree(tmp_path / "t", ignore_errors=True)
+    assert hits >= 3
     tokenize(TokenizeConfig(model, photographs, str(tmp_path / "t"), shard_size=40), say=quiet)
     assert contents(tmp_path / "t") == contents(expected)
 
