@@ -6,8 +6,8 @@ import json
 import math
 import os
 import random
-import shutil
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_report(
         for path in (tmp_path / "r").rglob("*.json"):
             if not path.name.startswith("."):
                 json.loads(path.read_text())
-        if not hit:  # the run that was timed had a busier machine, or this one was nearly done: once more from the start
+        if not hit:  # the timed run had a busier machine, or this one was nearly done: from the start
             longest /= 2
             shutil.rmtree(tmp_path / "r", ignore_errors=True)
     assert hits >= 3

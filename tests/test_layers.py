@@ -40,7 +40,7 @@ LAYERS = (
     ("vqkernels._cuda_selftest",),
     ("vqkernels._cuda", "vqkernels._triton"),
     ("vqkernels._native", "vqkernels.tuned"),
-    ("vqkernels._files",),
+    ("vqkernels._files", "vqkernels._devices"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 BACKENDS = {"reference", "native", "triton"}

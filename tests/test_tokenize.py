@@ -149,7 +149,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(
         hits += hit
         for path in (tmp_path / "t").glob("tokens-*"):  # nothing damaged under a final name
             assert sha256(path) == sha256(expected / path.name)
-        if not hit:  # the run that was timed had a busier machine, or this one was nearly done: once more from the start
+        if not hit:  # the timed run had a busier machine, or this one was nearly done: from the start
             longest /= 2
             shutil.rmtree(tmp_path / "t", ignore_errors=True)
     assert hits >= 3

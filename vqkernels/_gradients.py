@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vqkernels import _arguments as arguments
-from vqkernels import ops
+from vqkernels import _devices, ops
 
 __all__ = ["lookup", "once", "pass_through", "quantize", "rotate_back", "transformed", "wanted"]
 
@@ -169,13 +169,13 @@ def once(results: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[T
 
 def _plain_quantize(z: Tensor, codebook: Tensor, indices: Tensor, gradient: str) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    widest = _devices.widest(z.device)
     known = indices >= 0
     rows = torch.where(known.unsqueeze(-1), z, 0.0).to(wide)
     codes = _plain_lookup(codebook, indices).to(wide)
-    weight = (known.sum(dtype=torch.float64) * z.shape[-1]).clamp(min=1.0).reciprocal()
+    weight = (known.sum(dtype=widest) * z.shape[-1]).clamp(min=1.0).reciprocal()
     codebook_loss, commitment_loss = (
-        (error.square().sum(dtype=torch.float64) * weight).to(wide)
-        for error in (codes - rows.detach(), rows - codes.detach())
+        (error.square().sum(dtype=widest) * weight).to(wide) for error in (codes - rows.detach(), rows - codes.detach())
     )
     return pass_through(rows, codes, gradient).to(z.dtype), codebook_loss, commitment_loss
 

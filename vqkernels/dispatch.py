@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vqkernels import _cuda, _native, _triton, tuned
+from vqkernels import _cuda, _devices, _native, _triton, tuned
 
 __all__ = ["BACKENDS", "OPS", "Backend", "Unsupported", "call", "explain", "missing", "requested", "use_backend"]
 
@@ -38,6 +38,11 @@ OPS = (
     "soft_assign",
     "soft_assign_grad",
 )
+
+
+# Searches decide in float64, and a sum of rows in one fixed order is many small steps: what a device without float64
+# leaves to the kernels of the CPU, whose memory an Apple GPU shares. Rows go there, indices or K x D sums come back.
+ON_CPU = ("nearest", "residual_nearest", "codebook_sum")
 
 
 class Unsupported(RuntimeError):
@@ -169,6 +174,17 @@ def _place(args: tuple[Any, ...]) -> torch.device:
     raise TypeError("an op has at least one tensor among its arguments")
 
 
+def _left_to_cpu(op: str, device: torch.device) -> bool:
+    return op in ON_CPU and _devices.lacks_float64(device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, and sequences of them, on ``device``; anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(v, device) for v in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
 # Per op: the arguments that say how many rows, codes and dims a call has.
 _SIZES: dict[str, Callable[..., tuple[int, int, int]]] = {
     "nearest": lambda x, codebook, *_: (x.shape[:-1].numel(), codebook.shape[1], codebook.shape[2]),
@@ -222,6 +238,8 @@ def call(op: str, backend: str, args: tuple[Any, ...]) -> Any:
         Unsupported: a backend was named (argument, context or environment) and cannot run this call.
     """
     name, device = requested(backend), _place(args)
+    if _left_to_cpu(op, device):
+        return _moved(call(op, name, _moved(args, torch.device("cpu"))), device)
     skipped: list[str] = []
     choice = _measured(op, name, device, args)
     for candidate in _candidates(choice):
@@ -245,6 +263,9 @@ def call(op: str, backend: str, args: tuple[Any, ...]) -> Any:
 def explain(op: str, args: tuple[Any, ...], backend: str = "auto") -> str:
     """One line per backend: whether it can run this call, and which one would."""
     name, device = requested(backend), _place(args)
+    if _left_to_cpu(op, device):
+        _, *lines = explain(op, _moved(args, torch.device("cpu")), name).splitlines()
+        return "\n".join([f"{op} on {device.type}: on the CPU, because {device.type} has no float64", *lines])
     lines, chosen = [], None
     choice = _measured(op, name, device, args)
     for candidate in _candidates(choice):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vqkernels import _devices
 from vqkernels.nn._distributed import all_reduce
 
 __all__ = ["AffineCodes"]
@@ -82,16 +83,18 @@ class AffineCodes(nn.Module):
         usable = usable if valid is None else usable & valid
         kept = torch.where(usable.unsqueeze(-1), rows.float(), 0.0)
         # In float64: far from 0, mean and mean square agree in most digits.
+        if _devices.lacks_float64(rows.device):
+            usable, kept = usable.cpu(), kept.cpu()
         sums = [values.sum((1, 2), dtype=torch.float64) for values in (usable, kept, kept.square())]
         total, first, second = all_reduce(sums, self.sync)
         count = total.clamp(min=1.0).unsqueeze(-1)
         mean = first / count
         variance = (second / count - mean.square()).clamp(min=0.0)
+        mean, variance, seen = (t.to(rows.device) for t in (mean.float(), variance.float(), total.sum() > 0))
         found = {
-            "batch": (mean.float().unsqueeze(1), variance.float().unsqueeze(1)),
+            "batch": (mean.unsqueeze(1), variance.unsqueeze(1)),
             "codebook": (codes.mean(1, keepdim=True), codes.var(1, unbiased=False, keepdim=True)),
         }
-        seen = total.sum() > 0
         for name, decay in (("batch", self.batch_decay), ("codebook", self.codebook_decay)):
             for kind, value in zip(("mean", "variance"), found[name], strict=True):
                 buffer = getattr(self, f"{name}_{kind}")

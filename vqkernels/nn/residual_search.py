@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules import module as modules
 
 from vqkernels import _arguments as arguments
-from vqkernels import ops
+from vqkernels import _devices, ops
 from vqkernels._gradients import transformed
 from vqkernels.nn._layout import Layout
 from vqkernels.nn.vector_quantizer import VectorQuantizer
@@ -54,14 +54,14 @@ def search_levels(
     valid = None if mask is None else layout.mask(mask, z, rows)
     channel_first = arguments.is_channel_first(rows)
     indices, values, score = ops.residual_nearest(rows, codebooks, channel_first)
-    indices, score = indices[:, 0], score[:, 0]
+    indices, score, widest = indices[:, 0], score[:, 0], _devices.widest(z.device)
     if valid is None:
         weight: float | Tensor = 1.0 / max(rows.numel(), 1)
     else:
         indices, score = torch.where(valid, indices, -1), torch.where(valid, score, 0.0)
-        weight = (valid.sum(dtype=torch.float64) * rows.shape[-1]).clamp(min=1.0).reciprocal()
+        weight = (valid.sum(dtype=widest) * rows.shape[-1]).clamp(min=1.0).reciprocal()
         values = torch.where(valid.unsqueeze(2 if channel_first else 3), values, 0.0)
-    losses = (score.sum((1, 2), dtype=torch.float64) * weight).float()
+    losses = (score.sum((1, 2), dtype=widest) * weight).float()
     quantized = layout.output(values.transpose(-1, -2) if channel_first else values, z.shape)
     places = layout.places(z.shape)
     return LevelsOutput(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vqkernels import _arguments as arguments
+from vqkernels import _devices
 
 __all__ = ["candidate_rows", "count_codes", "perplexity", "refuse_samples", "scramble", "usage"]
 
@@ -47,6 +48,8 @@ def usage(counts: Tensor) -> Tensor:
         >>> usage(torch.tensor([5, 0, 1, 0])).item()
         0.5
     """
+    if _devices.lacks_float64(counts.device):
+        return usage(counts.cpu()).to(counts.device, torch.float32)
     return (counts > 0).double().mean(-1)
 
 
@@ -58,6 +61,8 @@ def perplexity(counts: Tensor) -> Tensor:
         >>> round(perplexity(torch.tensor([3, 3, 0, 0])).item(), 6)
         2.0
     """
+    if _devices.lacks_float64(counts.device):
+        return perplexity(counts.cpu()).to(counts.device, torch.float32)
     total = counts.sum(-1, keepdim=True)
     p = counts.double() / total.clamp(min=1)
     return torch.where(total.squeeze(-1) > 0, torch.special.entr(p).sum(-1).exp(), 0.0)

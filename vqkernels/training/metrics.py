@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqkernels import _devices
 from vqkernels.models import TokenModel, TokenStream
 from vqkernels.nn import statistics
 from vqkernels.training import quality
@@ -104,7 +105,7 @@ def evaluate(
             originals = to_unit(crops[start : start + batch_size], device)
             out = model(originals)
             restored = out.reconstruction.float().clamp(0, 1)
-            errors.append((restored - originals).double().square().mean((1, 2, 3)))
+            errors.append((restored - originals).cpu().double().square().mean((1, 2, 3)))
             psnr += [
                 image.peak_signal_noise_ratio(r[None], o[None], data_range=1.0)
                 for r, o in zip(restored, originals, strict=True)
@@ -119,7 +120,7 @@ def evaluate(
             counts = [a + b.cpu() for a, b in zip(counts, found, strict=True)]
     finally:
         model.train(training)
-    per_crop = torch.stack(psnr).double().cpu()
+    per_crop = torch.stack(psnr).cpu().double()
     mse = torch.cat(errors).mean().item()
     crops_of = {n: [i for i, m in enumerate(names) if m == n] for n in dict.fromkeys(names)}
     by_image = {n: per_crop[of].mean().item() for n, of in crops_of.items()}
@@ -128,7 +129,7 @@ def evaluate(
     return {
         "psnr": per_crop.mean().item(),
         "psnr_pooled": -10 * math.log10(max(mse, 1e-12)),
-        "ssim": torch.cat(similarity).double().mean().item(),
+        "ssim": torch.cat(similarity).cpu().double().mean().item(),
         "mse": mse,
         "sharpness": sum(sharpness) / len(sharpness),
         **describe_counts(counts),
@@ -147,14 +148,14 @@ class Window:
 
     def __init__(self, streams: Sequence[TokenStream], device: torch.device, terms: Sequence[str] = TERMS) -> None:
         self.terms = tuple(terms)
-        self.sums = torch.zeros(2, len(self.terms), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, len(self.terms), dtype=_devices.widest(device), device=device)
         self.counts = no_counts(streams, device)
 
     def add(self, terms: Mapping[str, Tensor], counts: Sequence[Tensor]) -> None:
         """One step's loss terms (0-d) and code counts (P, K)."""
-        here = next(iter(terms.values())).detach().double()
-        values = [terms[n].detach().double() if n in terms else torch.zeros_like(here) for n in self.terms]
-        present = torch.tensor([float(n in terms) for n in self.terms], dtype=torch.float64)
+        here = next(iter(terms.values())).detach().to(self.sums.dtype)
+        values = [terms[n].detach().to(self.sums.dtype) if n in terms else torch.zeros_like(here) for n in self.terms]
+        present = torch.tensor([float(n in terms) for n in self.terms], dtype=self.sums.dtype)
         self.sums += torch.stack([torch.stack(values), present.to(self.sums.device)])
         for mine, new in zip(self.counts, counts, strict=True):
             mine += new

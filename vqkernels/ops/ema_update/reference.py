@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqkernels import _devices
+
 
 def supports(
     cluster_size: Tensor,
@@ -36,8 +38,8 @@ def run(
     """See the contract in the package docstring."""
     cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
     embed_avg.mul_(decay).add_(sums, alpha=1 - decay)
-    # Counts add up to N: in float64 (which Apple's GPUs lack) the total is as good as exact.
-    size = cluster_size if cluster_size.device.type == "mps" else cluster_size.double()
+    # Counts add up to N: in float64, where there is one, the total is as good as exact.
+    size = cluster_size.to(_devices.widest(cluster_size.device))
     total = size.sum(1, keepdim=True)
     denominator = total + size.shape[1] * eps
     # Nothing seen yet and eps = 0: 0 / 0 would be NaN, but such a codebook just stays.

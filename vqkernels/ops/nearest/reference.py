@@ -23,9 +23,6 @@ def run(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tenso
     """See the contract in the package docstring; ``precision="fast"`` runs the exact search too."""
     h, b, s, d = x.shape
     device = x.device
-    if device.type == "mps":  # no float64 there
-        indices, score = run(x.cpu(), codebook.cpu(), metric, precision)
-        return indices.to(device), score.to(device)
     indices = torch.empty((h, b, s), dtype=torch.int64, device=device)
     score = torch.empty((h, b, s), dtype=torch.float32, device=device)
     rows = max(1, CHUNK_ELEMENTS // max(codebook.shape[1], d))

@@ -11,7 +11,7 @@ per row where a search has measured it already, else ``None``. Returns
 * weight, 0-d float64: 1 / (number of those elements), at least 1 of them, for the backward pass
 
 The sum is taken in float64 in an order that depends on the sizes alone: two runs give the same bits. Backends may
-differ in the last bits of the losses.
+differ in the last bits of the losses. On devices that have no float64, sum and weight are float32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqkernels import _devices
 from vqkernels.ops._register import register
 
 __all__ = ["quantize_output"]
@@ -39,7 +40,7 @@ def _fake(
         z.new_empty((h, b, d, s) if channel_first else (h, b, s, d)),
         z.new_empty((), dtype=dtype),
         z.new_empty((), dtype=dtype),
-        z.new_empty((), dtype=torch.float64),
+        z.new_empty((), dtype=_devices.widest(z.device)),
     )
 
 
