@@ -12,8 +12,10 @@ from typing import Any
 
 import gpu_checks
 import pytest
-from gpu_checks import CHECKS, OPS, STEPS, Place
+from gpu_checks import CHECKS, STEPS, Place, without_cuda
 from torch import Tensor
+
+from vqkernels import dispatch
 
 __all__ = [
     "_by_environment",
@@ -26,11 +28,13 @@ __all__ = [
 
 
 @pytest.fixture(autouse=True)
-def _by_environment(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def _by_environment(place: Place, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if place.backend == "native" and without_cuda(request.node):
+        pytest.skip("no kernel of csrc/cuda")
     monkeypatch.setenv("VQKERNELS_BACKEND", place.backend)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", dispatch.OPS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_op(check: Any, op: str, place: Place) -> None:
     check(place, op)
@@ -43,7 +47,7 @@ def test_training_step(kind: str, place: Place) -> None:
     gpu_checks.check_a_training_step_takes_no_matrix(place, STEPS[kind])
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_every_op_makes_the_device_of_its_tensors_current(
     op: str, place: Place, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +65,7 @@ def test_every_op_makes_the_device_of_its_tensors_current(
     assert all(t.device.type == "cpu" and t.is_floating_point() for t in entered)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_checks_can_fail(op: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     right, calls = gpu_checks.run, []
 

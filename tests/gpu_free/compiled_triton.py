@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_checks import EXACT, OPS, SEARCHES, Place, given, run, same
+from gpu_checks import EXACT, SEARCHES, WITHOUT_CUDA, Place, given, run, same
 from gpu_data import Search, data
 from ptx_machine import SEEDS, set_seed
 from torch import Tensor
 
+from vqkernels import dispatch
 from vqkernels.ops.nearest import METRICS
 from vqkernels.ops.nearest import triton as backend
 from vqkernels.ops.residual_nearest import triton as residual
@@ -60,16 +61,18 @@ def converted(value: Any, dtype: torch.dtype, dim: int) -> Any:
     [pytest.param(*kind, marks=pytest.mark.slow if kind == (torch.float32, 1) else ()) for kind in KINDS],
     ids=str,
 )
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_op(op: str, dtype: torch.dtype, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if (op == "ema_update" and dtype != torch.float32) or (op in SEARCHES and dtype == torch.float64):
+    narrow = op in SEARCHES or op in WITHOUT_CUDA
+    if (op == "ema_update" and dtype != torch.float32) or (narrow and dtype == torch.float64):
         pytest.skip("not of the Triton backend")
     sizes = (1, 2, 150, 32, 3) if op == "codebook_sum" else (2, 1, 5, 32, 37)
     # By the kernels for a few rows and by those for many.
     for many in (False, True) if op in SEARCHES and dtype != torch.float32 else (False,):
         monkeypatch.setattr(backend, "FEW_ROWS", 0 if many else 2048)
         monkeypatch.setattr(residual, "FEW_WORK", 0 if many else 2**24)
-        for seed in (0, 1, 2) if op == "quantize_grad" else (by,):
+        every = op == "quantize_grad" or (op == "soft_assign_grad" and dtype == torch.float32)
+        for seed in (0, 1, 2) if every else (by,):
             arguments = converted(given(op, Place("reference"), seed, sizes), dtype, 32)
             if op == "lookup" and dtype == torch.float32:
                 arguments[3] = torch.bfloat16  # rounded to nearest

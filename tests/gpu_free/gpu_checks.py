@@ -18,10 +18,17 @@ from torch import Tensor, nn
 import vqkernels
 from vqkernels import dispatch, ops
 
-__all__ = ["CHECKS", "OPS", "STEPS", "Place", "given", "run"]
+__all__ = ["CHECKS", "STEPS", "WITHOUT_CUDA", "Place", "given", "run", "without_cuda"]
 
-# Those with kernels for GPUs.
-OPS = tuple(op for op in dispatch.OPS if not op.startswith("soft_assign"))
+# On GPUs these have Triton's kernels and none of csrc/cuda.
+WITHOUT_CUDA = {"soft_assign", "soft_assign_grad"}
+
+
+def without_cuda(test: Any) -> bool:
+    """Whether a pytest item is about one of them."""
+    return hasattr(test, "callspec") and test.callspec.params.get("op") in WITHOUT_CUDA
+
+
 # Same bits as the reference; the others add in another order, or in float32 where the reference has float64.
 EXACT = {"nearest", "residual_nearest", "lookup", "codebook_sum"}
 SEARCHES = {"nearest", "residual_nearest"}
@@ -94,6 +101,9 @@ def given(op: str, place: Place, seed: int = 0, sizes: tuple[int, ...] | None = 
     ]
     z = laid_out(z, layout)
     counts = torch.randint(0, 9, (h, k), generator=generator).float()
+    soft = [z[:, 0], codes, (indices[:, 0] >= 0) / s]
+    says = [torch.randn(size, generator=generator) for size in ((h,), (h, k), (h, s, d), (h, k, d))]
+    said = [t if seed % 3 != i // 2 else None for i, t in enumerate(says)]
     arguments: dict[str, list[Any]] = {
         "nearest": [z, codes, ("l2", "cosine", "dot")[seed % 3], "exact"],
         "residual_nearest": [z, [codes, codes[:, : k // 2 + 1] * 0.5, codes * 0.25], seed % 2 == 1],
@@ -104,6 +114,8 @@ def given(op: str, place: Place, seed: int = 0, sizes: tuple[int, ...] | None = 
                           ("straight_through", "rotation", "none")[seed % 3], seed % 2 == 1],
         "quantize_output": [z, codes, indices, torch.rand(h, b, s, generator=generator) if seed % 2 else None,
                             True, seed % 2 == 1],
+        "soft_assign": [*soft, seed % 2 == 0, 8.0],
+        "soft_assign_grad": [*soft, *said, seed % 2 == 0, 8.0],
     }  # fmt: skip
 
     def there(a: Any) -> Any:
@@ -289,4 +301,4 @@ def check_a_training_step_takes_no_matrix(place: Place, options: dict[str, Any])
     assert peak < 200 * 2**20, f"{peak / 2**20:.0f} MiB; N x K floats are 4096"
 
 
-assert set(OPS) == {*EXACT, "ema_update", "quantize_grad", "quantize_output"}
+assert set(dispatch.OPS) == {*EXACT, *WITHOUT_CUDA, "ema_update", "quantize_grad", "quantize_output"}

@@ -23,8 +23,9 @@ from launches import defined
 HERE = Path(__file__).parent
 TARGETS = ("sm_80", "sm_90")
 # Kernels that read rows or codes, in whatever dtype they are.
-READERS = {"_backward", "_chunk_sums", "_few", "_gather", "_output", "_subtract", "code_centre", "code_stats", "decide",
-           "pack_codes", "pack_rows", "resolve", "scan"}  # fmt: skip
+READERS = {"_backward", "_chunk_sums", "_code_gradients", "_few", "_gather", "_output", "_row_gradients", "_row_means",
+           "_row_softmax", "_subtract", "_usage", "code_centre", "code_stats", "decide", "pack_codes", "pack_rows",
+           "resolve", "scan"}  # fmt: skip
 
 
 # More than none: everything, `make emulate ROUNDS=1`.

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vqkernels import _triton
-from vqkernels._triton import interpreted, selftest
+from vqkernels._triton import interpreted, selftest, soft_scores
 from vqkernels.ops.codebook_sum import triton as codebook_sum
 from vqkernels.ops.ema_update import triton as ema_update
 from vqkernels.ops.lookup import triton as lookup
@@ -31,6 +31,8 @@ from vqkernels.ops.nearest import triton as nearest
 from vqkernels.ops.quantize_grad import triton as quantize_grad
 from vqkernels.ops.quantize_output import triton as quantize_output
 from vqkernels.ops.residual_nearest import triton as residual_nearest
+from vqkernels.ops.soft_assign import triton as soft_assign
+from vqkernels.ops.soft_assign_grad import triton as soft_assign_grad
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -51,6 +53,16 @@ SEARCHES = (
     (50, 300000, 256, "cosine", torch.bfloat16, torch.float32),
     (8, 3000, 256, "l2", torch.float32, torch.float32),
     (1, 1, 1, "l2", torch.float32, torch.float32),
+)
+# D, dtype: every width of a gradient's sums, dims that no vector of loads fits, 16-bit operands.
+SOFTMAXES = (
+    (7, torch.float32),
+    (8, torch.float32),
+    (32, torch.float32),
+    (64, torch.float32),
+    (101, torch.float32),
+    (256, torch.float32),
+    (256, torch.bfloat16),
 )
 F64_SUM = {"decide", "scan", "resolve", "code_stats", "_few"}
 
@@ -85,6 +97,24 @@ def all_levels(d: int, dtype: torch.dtype) -> None:
         residual_nearest.run(x, [codes] * 3, n > 1)
 
 
+@functools.cache
+def softmax_launches(name: str) -> tuple[Launch, ...]:
+    """Their tiles and precision go by the kind of GPU."""
+    with recorded() as found, pytest.MonkeyPatch.context() as patch:
+        target = TARGETS[name][0]
+        if target.backend == "hip":
+            patch.setattr(torch.version, "hip", "7.0")
+        else:
+            patch.setattr(soft_scores, "capability", lambda device: target.arch // 10)
+        for d, dtype in SOFTMAXES:
+            x, codes = torch.zeros(2, 50, d, dtype=dtype), torch.zeros(2, 100, d, dtype=dtype)
+            weight, entropy = torch.zeros(x.shape[:2]), torch.zeros(2)
+            soft_assign.run(x, codes, weight, True, 0.1)
+            soft_assign_grad.run(x, codes, weight, entropy, weight[:, :1].expand(2, 100), None, None, True, 0.1)
+            soft_assign_grad.run(x, codes, weight, None, None, x, codes, False, 0.1)
+    return tuple(found)
+
+
 def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
     indices = torch.zeros(z.shape[:3], dtype=torch.int64)
     commitment, state, counts = torch.ones(()), torch.zeros(codes.shape), torch.zeros(codes.shape[:2])
@@ -102,7 +132,7 @@ def other_ops(z: torch.Tensor, codes: torch.Tensor) -> None:
 
 
 def test_every_kernel_of_the_package_is_launched() -> None:
-    assert {launch.fn.__name__ for launch in launches()} == defined()
+    assert {launch.fn.__name__ for launch in (*launches(), *softmax_launches("sm_90"))} == defined()
 
 
 @pytest.mark.slow
@@ -112,7 +142,7 @@ def test_kernels_compile_and_fit(name: str) -> None:
     target, shared = TARGETS[name]
     uses = 0
     old = target.backend == "hip" and _triton.version() < nearest.OLDEST_FOR_AMD
-    for launch in launches():
+    for launch in (*launches(), *softmax_launches(name)):
         if old and launch.fn.__name__ == "collect":
             continue
         binary = compiled(launch, target)
@@ -128,14 +158,29 @@ def test_kernels_compile_and_fit(name: str) -> None:
         assert used["LOCAL"] == 0, f"{launch}: {used}"
         check_ptx(launch, binary.asm["ptx"])
         uses += bool(re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", binary.asm["ptx"]))
+        assert launch not in softmax_launches(name) or products(launch, binary.asm["ptx"])
     assert target.backend == "hip" or uses >= len(SEARCHES)
+
+
+def products(launch: Launch, ptx: str) -> bool:
+    """Whether they are made by tensor cores in TF32."""
+    kinds = re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*", ptx)
+    return bool(kinds) and all("tf32" in kind for kind in kinds)
 
 
 def test_sums_over_lanes_are_launched_without_fusion() -> None:
     # A lane's own product, fused into the sum of another lane's, leaves lanes that should agree with different last
     # bits, and either may be stored. Sums of integers alone may be fused.
-    sums = {launch for launch in launches() if "tl.sum(" in launch.fn.src and launch.fn.__name__ != "collect"}
-    assert {launch.fn.__name__ for launch in sums} >= {"_output", "_finish", "_backward", "_update", "code_centre"}
+    every = (*launches(), *softmax_launches("sm_80"), *softmax_launches("sm_90"))
+    sums = {launch for launch in every if "tl.sum(" in launch.fn.src and launch.fn.__name__ != "collect"}
+    assert {launch.fn.__name__ for launch in sums} >= {
+        "_output",
+        "_finish",
+        "_backward",
+        "_update",
+        "code_centre",
+        "_usage",
+    }
     assert not [launch for launch in sums if dict(launch.options).get("enable_fp_fusion") is not False]
 
 
@@ -294,6 +339,7 @@ def test_kernel_is_deterministic_and_does_not_recompile_with_sizes(path: Path, n
         "SCORE",
         "BEGIN",
         "LAST",
+        "SOFT",
         "SPLIT",
         "SPLITS",
         "RESIDENT",
@@ -305,5 +351,7 @@ def test_kernel_is_deterministic_and_does_not_recompile_with_sizes(path: Path, n
         "HALF",
         "MEASURED",
         "NORMALIZE",
+        "PART",
+        "PRECISION",
     }
     assert constants - blocks <= options

@@ -23,6 +23,7 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 
 from vqkernels import _triton
+from vqkernels._triton import soft_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes of shared memory that a block may have.
@@ -111,7 +112,9 @@ def pytest_configure(config: pytest.Config) -> None:
     ptx_machine.set_races(True)
     # What Triton keeps here has no cubin in it: it must not meet what it keeps elsewhere.
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton_on_ptx")
-    triton.runtime.driver.set_active(Driver(os.environ["VQKERNELS_TEST_PTX"]))
+    driver = Driver(os.environ["VQKERNELS_TEST_PTX"])
+    triton.runtime.driver.set_active(driver)
+    soft_scores.capability = lambda device: driver.get_current_target().arch // 10
     unavailable = _triton.unavailable
     _triton.unavailable = lambda device: None if device == "cpu" else unavailable(device)
 
