@@ -18,9 +18,10 @@ from benchmarks.cases import Case
 if TYPE_CHECKING:
     from benchmarks.gpu_stages import Bench, Record
 
-__all__ = ["OPS", "arguments", "ops"]
+__all__ = ["OPS", "SOFT_OPS", "arguments", "ops"]
 
 OPS = ("lookup", "codebook_sum", "ema_update", "quantize_grad", "quantize_output")
+SOFT_OPS = ("soft_assign", "soft_assign_grad")
 
 
 def arguments(op: str, case: Case, z: Tensor, codebook: Tensor) -> tuple[Any, ...]:
@@ -31,6 +32,12 @@ def arguments(op: str, case: Case, z: Tensor, codebook: Tensor) -> tuple[Any, ..
     generator = torch.Generator().manual_seed(3)
     indices = torch.randint(case.codes, x.shape[:-1], generator=generator).to(z.device)
     one = torch.ones((), device=z.device)
+    if op in SOFT_OPS:
+        # A loss of the entropies of rows and of the batch. Scores of some units, as after training.
+        rows, weight = x.flatten(1, -2), torch.full((1, case.rows), 1.0 / case.rows, device=z.device)
+        says = (torch.ones(1, device=z.device), torch.linspace(-1.0, 1.0, case.codes, device=z.device)[None])
+        said = (*says, None, None) if op == "soft_assign_grad" else ()
+        return rows, codes, weight, *said, True, float(case.dim)
     if op == "lookup":
         return codes, indices, case.channel_first, x.dtype
     if op == "codebook_sum":
@@ -64,20 +71,22 @@ def _agree(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def ops(bench: Bench) -> Iterator[Record]:
-    """Every op at the sizes of ``gpu_cases.OPS``."""
+    """Every op at the sizes of ``gpu_cases.OPS``, those of a softmax at the sizes of ``gpu_cases.SOFT``."""
     from vqkernels import Unsupported
     from vqkernels import ops as functions
 
-    for name in gpu_cases.OPS:
+    for name, of_case in [(n, OPS) for n in gpu_cases.OPS] + [(n, SOFT_OPS) for n in gpu_cases.SOFT]:
         if bench.left() < 5:
             return
         case, z, codebook = bench.make(gpu_cases.BY_NAME[name])
-        for op in OPS:
+        for op in of_case:
             given = arguments(op, case, z, codebook)
             expected = _results(op, "reference", given)
             work: dict[str, Callable[[], object]] = {}
             skipped: dict[str, str] = {}
-            for backend in gpu_peers.backends(bench.device):
+            # Of a softmax the reference is a candidate too: whether kernels beat it was counted, not measured.
+            ours = gpu_peers.backends(bench.device)
+            for backend in dict.fromkeys((*ours, "reference") if op in SOFT_OPS else ours):
                 key = f"vqkernels-{backend}"
                 try:
                     right = _agree(_results(op, backend, given), expected)

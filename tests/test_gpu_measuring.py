@@ -24,14 +24,15 @@ PEAKS = {"fp16": 1e12, "tf32": 1e12, "fp32": 1e12, "bytes": 1e11}
 
 def test_ops_are_measured_for_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_stages.gpu_cases, "OPS", ("encodec", "cifar"))
+    monkeypatch.setattr(gpu_stages.gpu_cases, "SOFT", ("encodec", "cifar"))
     monkeypatch.setattr(gpu_peers, "backends", lambda device: ["reference"])
     bench = gpu_stages.Bench(CPU, PEAKS, 60.0, quick=True)
     records = list(gpu_stages.STAGES["ops"](bench))
     assert bench.failed == []
-    assert len(records) == 2 * len(gpu_ops.OPS)
+    assert len(records) == 2 * len(gpu_ops.OPS + gpu_ops.SOFT_OPS)
     found = gpu_record.table({"ops": {r["case"]: r for r in records}})
-    # Searches have tables of their own, and a softmax over the codes has no kernel for GPUs to choose.
-    assert set(found) == {op for op in dispatch.OPS if not op.endswith("nearest") and not op.startswith("soft_assign")}
+    # Searches have tables of their own.
+    assert set(found) == {op for op in dispatch.OPS if not op.endswith("nearest")}
     for op, entries in found.items():
         assert [e["case"] for e in entries] == ["encodec", "cifar"], op
         assert all(e["milliseconds"]["reference"] > 0 for e in entries)
@@ -45,7 +46,10 @@ def test_ops_are_measured_for_the_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert bench.failed == [
         f"lookup by vqkernels-native on {name}: differs from the reference" for name in ("encodec", "cifar")
     ]
-    assert "lookup" not in gpu_record.table({"ops": {r["case"]: r for r in records}})
+    found = gpu_record.table({"ops": {r["case"]: r for r in records}})
+    assert "lookup" not in found
+    # The table can prefer the reference for a softmax.
+    assert [set(e["milliseconds"]) for e in found["soft_assign_grad"]] == [{"native", "reference"}] * 2
 
 
 def test_all_levels_are_measured_for_the_table_and_wrong_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +84,7 @@ def test_every_stage_measures_ours_and_says_why_others_did_not_run(
     monkeypatch.setattr(gpu_stages.gpu_cases, "UPDATE", ("llamagen",))
     monkeypatch.setattr(gpu_stages.gpu_cases, "TRAIN", ("cifar",))
     monkeypatch.setattr(gpu_stages.gpu_cases, "OPS", ())
+    monkeypatch.setattr(gpu_stages.gpu_cases, "SOFT", ())
     monkeypatch.setattr(gpu_stages.gpu_cases, "RESIDUAL", gpu_stages.gpu_cases.RESIDUAL[1:])
     bench = gpu_stages.Bench(CPU, PEAKS, 60.0, quick=True)
     stages = {name: {r["case"]: r for r in measure(bench)} for name, measure in gpu_stages.STAGES.items()}
