@@ -112,6 +112,10 @@ def run(device: torch.device, backend: str, most_rows: int = 3000) -> int:
         counts = torch.randint(0, 9, (h, k)).float()
         same("ema_update", torch.rand(h, k) + 1, codes.clone(), codes.clone(), counts, codes.clone(), 0.9, 1e-5, False,
              exact=False)  # fmt: skip
+        weight, values = (torch.rand(h, n) > 0.1) / n, torch.randn(h, k, d)
+        same("soft_assign", x[:, 0], codes, weight, True, 2.0 * d, exact=False)
+        for says in ((torch.randn(h), torch.randn(h, k), None, None), (None, None, torch.randn(h, n, d), values)):
+            same("soft_assign_grad", x[:, 0], codes, weight, *says, says[0] is None, 2.0 * d, exact=False)
     x, codes = torch.randn(1, 1, 40, 6), torch.randn(1, 60, 6)
     x[0, 0, 2, 3], codes[0, 4, 2], codes[0, 9, 1], codes[0, 20:50] = (
         float("nan"),

@@ -142,7 +142,14 @@ def test_contestants_take_turns_and_the_budget_holds() -> None:
 
 def test_smoke_compares_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_smoke.run(CPU, "reference") > 80
-    original = vqkernels.ops.lookup
-    monkeypatch.setattr(vqkernels.ops, "lookup", lambda *a: original(*a) + torch.rand(()))
-    with pytest.raises(AssertionError, match="lookup on reference"):
-        gpu_smoke.run(CPU, "reference")
+    for op in ("lookup", "soft_assign_grad"):
+        original = getattr(vqkernels.ops, op)
+
+        def wrong(*a: Any, original: Any = original) -> Any:
+            found = original(*a)
+            return [t + torch.rand(()) for t in found] if isinstance(found, tuple) else found + torch.rand(())
+
+        with monkeypatch.context() as patch:
+            patch.setattr(vqkernels.ops, op, wrong)
+            with pytest.raises(AssertionError, match=f"{op} on reference"):
+                gpu_smoke.run(CPU, "reference")
