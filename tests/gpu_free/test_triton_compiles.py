@@ -242,6 +242,28 @@ def test_pairs_of_the_screen_cost_what_was_counted(
     assert instructions / pairs <= most
 
 
+@pytest.mark.parametrize(("d", "forward", "backward"), [(8, 75, 160), (32, 73, 177), (256, 240, 1140)])
+def test_pairs_of_a_softmax_cost_what_was_counted(
+    d: int, forward: float, backward: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # benchmarks/NOTES.md: both calls of a training step on sm_90; a gradient is launched once per 128 dims.
+    monkeypatch.setattr(soft_scores, "capability", lambda device: 9)
+    x, codes, weight = torch.zeros(1, 64, d), torch.zeros(1, 64, d), torch.zeros(1, 64)
+    with recorded() as found:
+        soft_assign.run(x, codes, weight, True, 0.1)
+        soft_assign_grad.run(x, codes, weight, weight[:, 0], weight, None, None, True, 0.1)
+    costs = []
+    for launch in found:
+        shape, options = dict(launch.constants), dict(launch.options)
+        tiles, dims = sorted(machine_loops(compiled(launch, TARGETS["sm_90"][0])), key=len, reverse=True)[:2]
+        instructions = len(tiles) + (-(-d // shape["BLOCK_D"]) - 1) * len(dims)
+        pairs = shape["BLOCK_M"] * shape["BLOCK_N"] / (32 * options["num_warps"])
+        costs.append(instructions / pairs * (-(-d // shape["PART"]) if "PART" in shape else 1))
+    assert len(costs) == 5
+    assert sum(costs[:2]) <= forward
+    assert sum(costs[2:]) <= backward
+
+
 class Operators(TorchDispatchMode):
     """Names of torch's own operators that run."""
 
