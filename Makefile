@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 # What executes PTX has minutes and a command of its own.
 SUITE := -m "not emulated"
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp tests/gpu_free/*.cu tests/gpu_free/ptx/*.cpp tests/gpu_free/ptx/*.h)
+FORMATTED := $(CPP) $(wildcard benchmarks/*.cpp tests/aarch64/*.cpp tests/gpu_free/*.cu tests/gpu_free/ptx/*.cpp tests/gpu_free/ptx/*.h)
 # What the compiled library and the installed metadata are made of; Python sources are read in place.
 BUILT_FROM := pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/cuda/CMakeLists.txt $(CPP)
 

@@ -21,7 +21,7 @@ enum vqk_metric { VQK_L2 = 0, VQK_COSINE = 1, VQK_DOT = 2 };
 enum vqk_precision { VQK_EXACT = 0, VQK_FAST = 1 };
 enum vqk_gradient { VQK_STRAIGHT_THROUGH = 0, VQK_ROTATION = 1, VQK_NONE = 2 };
 // In order of preference within one vendor; vqk_cpu_best_isa() knows the exceptions.
-enum vqk_isa { VQK_SCALAR = 0, VQK_AVX2 = 1, VQK_AVX512 = 2, VQK_AVX512BF16 = 3, VQK_AMX = 4 };
+enum vqk_isa { VQK_SCALAR = 0, VQK_AVX2 = 1, VQK_AVX512 = 2, VQK_AVX512BF16 = 3, VQK_AMX = 4, VQK_NEON = 5 };
 
 enum vqk_screen { VQK_SCREEN_NONE = 0, VQK_SCREEN_SM80 = 1, VQK_SCREEN_SM90 = 2 };  // NONE: every pair in float64
 

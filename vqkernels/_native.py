@@ -24,7 +24,7 @@ __all__ = ["ABI_VERSION", "ISAS", "Codes", "Rows", "codes", "isa", "lib", "rows"
 log = logging.getLogger("vqkernels")
 
 ABI_VERSION = 5
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx", "neon")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 PRECISIONS = {"exact": 0, "fast": 1}

@@ -21,6 +21,9 @@ const Kernels *kernels_for(int32_t isa, int64_t dim) {
 #if defined(VQK_HAVE_AMX)
     case VQK_AMX: return &kernels_amx;
 #endif
+#if defined(VQK_HAVE_NEON)
+    case VQK_NEON: return &kernels_neon;
+#endif
     default: return &kernels_scalar;
   }
 }
@@ -280,7 +283,7 @@ int32_t vqk_cpu_nearest_isa(int64_t num_codes, int64_t dim) {
   const int32_t best = vqk_cpu_best_isa();
   // A tile product takes 32 dims whatever D is, and few dims leave a bf16 screen many candidates: measured crossovers.
   const bool few = best == VQK_AMX ? dim < 6 || (dim <= vqk::kSplitDims && num_codes < 2048) : dim <= 8;
-  return few && best >= VQK_AVX512BF16 ? static_cast<int32_t>(VQK_AVX512) : best;
+  return few && (best == VQK_AVX512BF16 || best == VQK_AMX) ? static_cast<int32_t>(VQK_AVX512) : best;
 }
 
 int32_t vqk_cpu_nearest_needs_packing(const vqk_rows *x, const vqk_codes *codebook) {

@@ -126,6 +126,7 @@ extern const Kernels kernels_avx2_int16;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_amx;
+extern const Kernels kernels_neon;
 
 }  // namespace vqk
 

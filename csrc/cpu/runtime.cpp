@@ -54,12 +54,16 @@ bool has_isa(int32_t isa) {
       return granted && has_isa(VQK_AVX512BF16);
     }
 #endif
+#if defined(VQK_HAVE_NEON)
+    case VQK_NEON: return true;  // every aarch64 has it
+#endif
     default: return false;
   }
 }
 
 int32_t best_isa() {
   if (has_isa(VQK_AMX)) return VQK_AMX;
+  if (has_isa(VQK_NEON)) return VQK_NEON;
 #if defined(__x86_64__)
   // VDPBF16PS has twice the FMA rate on Zen 4 and later, half of it on Intel (measured: 116 against 227 GFLOP/s).
   if (has_isa(VQK_AVX512BF16) && is_amd()) return VQK_AVX512BF16;

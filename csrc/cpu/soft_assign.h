@@ -33,7 +33,7 @@ struct SoftKernels {
                     float *out);
 };
 
-extern const SoftKernels soft_kernels_scalar, soft_kernels_avx2, soft_kernels_avx512;
+extern const SoftKernels soft_kernels_scalar, soft_kernels_avx2, soft_kernels_avx512, soft_kernels_neon;
 
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 

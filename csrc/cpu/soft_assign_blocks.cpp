@@ -12,6 +12,9 @@ constexpr int64_t kLeastRows = 24, kMostRows = 1536, kRowMultiple = 12;
 
 const SoftKernels *soft_kernels(int32_t isa) {
   if (!vqk_cpu_has_isa(isa)) return nullptr;
+#if defined(VQK_HAVE_NEON)
+  if (isa == VQK_NEON) return &soft_kernels_neon;
+#endif
 #if defined(VQK_HAVE_AVX512)
   if (isa >= VQK_AVX512) return &soft_kernels_avx512;
 #endif
