@@ -18,6 +18,9 @@ from vqkernels import dispatch
 DEVICE = os.environ.get("VQKERNELS_TEST_DEVICE", "cpu") or "cpu"
 KIND = DEVICE.partition(":")[0]
 
+# On a GPU an index that is no code is no error, or (to the reference) one after which the process cannot use the GPU.
+needs_cpu = pytest.mark.skipif(KIND != "cpu", reason="nobody waits for a GPU to look at indices (docs/gpu.md)")
+
 
 def place(value: Any, device: str = DEVICE) -> Any:
     """A tensor (or each of a list) on the device with its strides, over a copy of its storage; else unchanged."""

@@ -36,7 +36,7 @@ LAYERS = (
     ("vqkernels.dispatch",),
     ("backend",),
     ("vqkernels._cuda_residual",),
-    ("vqkernels._cpu_nearest", "vqkernels._cuda_nearest", "vqkernels._softmax"),
+    ("vqkernels._cpu_nearest", "vqkernels._cuda_nearest", "vqkernels._indices", "vqkernels._softmax"),
     ("vqkernels._cuda_selftest",),
     ("vqkernels._cuda", "vqkernels._triton"),
     ("vqkernels._native", "vqkernels.tuned"),

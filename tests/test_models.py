@@ -141,6 +141,14 @@ def test_images_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
         VQVAE(small())(torch.rand(shape))
 
 
+def test_what_is_no_tensor() -> None:
+    for what in ([1.0], None):
+        with pytest.raises(
+            TypeError, match=rf"images is a {type(what).__name__}; expected a torch.Tensor \(B, 3, H, W\)"
+        ):
+            VQVAE(small())(what)
+
+
 def test_integer_images() -> None:
     with pytest.raises(TypeError, match=r"torch\.uint8"):
         VQVAE(small()).encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

@@ -6,7 +6,7 @@
 
 namespace vqk {
 
-const Kernels *kernels_for(int32_t isa, int64_t dim) {
+const Kernels *kernels_for(int32_t isa, [[maybe_unused]] int64_t dim) {
   if (!vqk_cpu_has_isa(isa)) return nullptr;
   switch (isa) {
 #if defined(VQK_HAVE_AVX2)

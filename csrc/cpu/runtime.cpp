@@ -21,7 +21,7 @@ bool is_amd() {
 #endif
 
 // The kernel grants the 8 KB of tile state per process, on request.
-bool amx_granted() {
+[[maybe_unused]] bool amx_granted() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from on_device import needs_cpu
 from torch import Tensor
 
 from vqkernels import dispatch
@@ -169,6 +170,7 @@ def test_rows_are_added_in_chunks_counted_from_the_first_row_of_the_code(backend
     assert sums.item() == 2.0**24 + 2 * CHUNK
 
 
+@needs_cpu
 @pytest.mark.parametrize("layout", ["rows", "channel_first"])
 @pytest.mark.parametrize("wrong", [-2, 4, 2**40, -(2**63), 2**63 - 1])
 def test_index_out_of_range_is_named(backend: str, layout: str, wrong: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_device import needs_cpu
 from torch import Tensor
 
 from vqkernels.ops import lookup
@@ -101,6 +102,7 @@ def test_no_rows(backend: str, channel_first: bool) -> None:
     assert out.shape == ((2, 5, 3, 0) if channel_first else (2, 5, 0, 3))
 
 
+@needs_cpu
 @pytest.mark.parametrize("channel_first", [False, True])
 @pytest.mark.parametrize("wrong", [-2, 4, 2**40, -(2**63), 2**63 - 1])
 def test_index_out_of_range_is_named(backend: str, channel_first: bool, wrong: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_device import needs_cpu
 from torch import Tensor
 
 from vqkernels.ops import quantize_grad
@@ -215,3 +216,14 @@ def test_opcheck(backend: str, layout: str, gradient: str) -> None:
         torch.library.opcheck(
             torch.ops.vqkernels.quantize_grad.default, (*args, torch.tensor(C), gradient, channel_first, backend)
         )
+
+
+@needs_cpu
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("wrong", [-2, 4, 2**40])
+def test_index_out_of_range_is_named(backend: str, gradient: str, wrong: int) -> None:
+    z, codebook, indices = torch.randn(1, 1, 3, 2), torch.randn(1, 4, 2), torch.tensor([[[0, wrong, 3]]])
+    with pytest.raises(
+        ValueError, match=rf"quantize_grad: indices contains {wrong}, expected -1 or a code in \[0, 4\)"
+    ):
+        quantize_grad(z, z, codebook, indices, torch.tensor(C), gradient, False, backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_device import needs_cpu
 from torch import Tensor
 
 from vqkernels import Unsupported
@@ -148,6 +149,7 @@ def test_same_bits_for_any_number_of_threads(backend: str, layout: str, measured
         assert all(a.equal(b) for a, b in zip(again, found[0], strict=True))
 
 
+@needs_cpu
 @pytest.mark.parametrize("channel_first", [False, True])
 @pytest.mark.parametrize("wrong", [-2, 4, 2**40, -(2**63), 2**63 - 1])
 def test_index_out_of_range_is_named(backend: str, channel_first: bool, wrong: int) -> None:

@@ -189,6 +189,8 @@ class LatentModel(TokenModel):
 
 def check_images(images: Tensor, channels: int, multiple: int) -> None:
     """``images`` is (B, channels, H, W), floating point, with sides that are multiples of ``multiple``."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images is a {type(images).__name__}; expected a torch.Tensor (B, {channels}, H, W)")
     if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % multiple or images.shape[3] % multiple:
         raise ValueError(
             f"images has shape {tuple(images.shape)}; "

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vqkernels import _indices
 from vqkernels.ops.codebook_sum import CHUNK
 
 
@@ -28,11 +29,7 @@ def run(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     counts = torch.zeros((h, num_codes), dtype=torch.float32, device=x.device)
     if indices.numel() == 0:
         return sums.view(h, num_codes, d), counts
-    if indices.min() < -1 or indices.max() >= num_codes:
-        wrong = indices[(indices < -1) | (indices >= num_codes)][0].item()
-        raise ValueError(
-            f"vqkernels: codebook_sum: indices contains {wrong}, expected -1 or a code in [0, {num_codes})"
-        )
+    _indices.check("codebook_sum", indices, num_codes)
 
     # One run of consecutive entries of `order` per (head, code), in row order; index -1 comes before all of them.
     first = torch.arange(h, device=x.device).view(h, 1, 1) * num_codes

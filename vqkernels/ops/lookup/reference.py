@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqkernels import _indices
+
 # Elements that a block of rows may hold at a time: 64 MB in float32, whatever N and D are.
 BLOCK_ELEMENTS = 2**24
 
@@ -20,9 +22,8 @@ def supports(codebook: Tensor, indices: Tensor, channel_first: bool, dtype: torc
 def run(codebook: Tensor, indices: Tensor, channel_first: bool, dtype: torch.dtype | None) -> Tensor:
     """See the contract in the package docstring; on GPUs an index out of range is a device-side assertion."""
     (h, b, s), (k, d) = indices.shape, codebook.shape[1:]
-    if indices.device.type == "cpu" and indices.numel() and (indices.min() < -1 or indices.max() >= k):
-        wrong = indices[(indices < -1) | (indices >= k)][0].item()
-        raise ValueError(f"vqkernels: lookup: indices contains {wrong}, expected -1 or a code in [0, {k})")
+    if indices.device.type == "cpu":
+        _indices.check("lookup", indices, k)
     out = torch.empty(
         (h, b, d, s) if channel_first else (h, b, s, d), dtype=dtype or codebook.dtype, device=codebook.device
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqkernels import _indices
+
 # Elements that a block of rows may hold at a time: 16 MB in float32, for each of a handful of temporaries.
 BLOCK_ELEMENTS = 2**22
 # Norms below this are taken to be this (Fifty et al. 2024, the authors' implementation).
@@ -37,6 +39,8 @@ def run(
     channel_first: bool,
 ) -> Tensor:
     """See the contract in the package docstring."""
+    if indices.device.type == "cpu":
+        _indices.check("quantize_grad", indices, codebook.shape[1])
     h, b, s, d = z.shape
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     out = torch.empty((h, b, d, s) if channel_first else (h, b, s, d), dtype=z.dtype, device=z.device)
