@@ -14,7 +14,8 @@ import torch
 
 from vqkernels import dispatch
 
-# "cpu:0" rehearses on copies on the CPU (with TRITON_INTERPRET=1 on Triton's kernels).
+# "cpu:0" rehearses on copies on the CPU (with TRITON_INTERPRET=1 on Triton's kernels), "standin" on a device that is
+# another than the CPU, where only the reference runs (standin.py).
 DEVICE = os.environ.get("VQKERNELS_TEST_DEVICE", "cpu") or "cpu"
 KIND = DEVICE.partition(":")[0]
 
@@ -26,7 +27,7 @@ def place(value: Any, device: str = DEVICE) -> Any:
     """A tensor (or each of a list) on the device with its strides, over a copy of its storage; else unchanged."""
     if isinstance(value, list):
         return [place(v, device) for v in value]
-    if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor:
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
         return value
     storage = value.detach().untyped_storage()
     flat = torch.empty(0, dtype=value.dtype).set_(storage)
@@ -43,6 +44,15 @@ def back(value: Any) -> Any:
 
 def call(original: Any, op: str, backend: str, args: tuple[Any, ...], device: str = DEVICE) -> Any:
     """``dispatch.call`` on the device; what a backend cannot run there, and could not on the CPU either, is skipped."""
+    if KIND != "standin":
+        return _call(original, op, backend, args, device)
+    from tests import standin
+
+    with standin.device(float64=True):
+        return _call(original, op, backend, args, device)
+
+
+def _call(original: Any, op: str, backend: str, args: tuple[Any, ...], device: str) -> Any:
     if not all(a.device.type == "cpu" for a in args if isinstance(a, torch.Tensor)):
         return original(op, backend, args)
     there = tuple(place(a, device) for a in args)

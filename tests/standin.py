@@ -36,10 +36,11 @@ class Tensor(torch.Tensor):
     """On the stand-in for all who ask; ``raw`` holds the values."""
 
     raw: torch.Tensor
+    float64 = False
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor) -> Tensor:
-        if raw.dtype == torch.float64:
+        if raw.dtype == torch.float64 and not cls.float64:
             raise TypeError(f"{NAME} has no float64")
         new = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=PLACE
@@ -105,10 +106,16 @@ def _carry_out(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def device() -> Iterator[torch.device]:
-    """The device, which the package takes for one without float64 inside; its tensors are of no use outside."""
+def device(float64: bool = False) -> Iterator[torch.device]:
+    """The device, which the package takes for one without float64 inside; its tensors are of no use outside.
+
+    Args:
+        float64: it has float64 all the same, like any other device that is not the CPU.
+    """
     known = _devices.lacks_float64
-    _devices.lacks_float64 = lambda place: place.type == NAME or known(place)
+    if not float64:
+        _devices.lacks_float64 = lambda place: place.type == NAME or known(place)
+    Tensor.float64 = float64
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) is then moved by an operator
     try:
         with _Device():
