@@ -8,6 +8,7 @@ process has at most one such device, and keeps it: test_devices.py starts one fo
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,8 +29,11 @@ class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
         return [torch.bfloat16]
 
 
-backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
-PLACE = torch.device(NAME, 0)
+@functools.cache
+def _place() -> torch.device:
+    """The device, from now on in this process. Not on import: pytest imports every file, in search of examples."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+    return torch.device(NAME, 0)
 
 
 class Tensor(torch.Tensor):
@@ -43,7 +47,7 @@ class Tensor(torch.Tensor):
         if raw.dtype == torch.float64 and not cls.float64:
             raise TypeError(f"{NAME} has no float64")
         new = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=PLACE
+            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=_place()
         )
         new.raw = raw
         return new  # type: ignore[no-any-return]
@@ -112,14 +116,14 @@ def device(float64: bool = False) -> Iterator[torch.device]:
     Args:
         float64: it has float64 all the same, like any other device that is not the CPU.
     """
-    known = _devices.lacks_float64
+    place, known = _place(), _devices.lacks_float64
     if not float64:
-        _devices.lacks_float64 = lambda place: place.type == NAME or known(place)
+        _devices.lacks_float64 = lambda other: other.type == NAME or known(other)
     Tensor.float64 = float64
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) is then moved by an operator
     try:
         with _Device():
-            yield PLACE
+            yield place
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
         _devices.lacks_float64 = known
