@@ -22,17 +22,12 @@ from vqkernels import _devices, dispatch
 NAME = "standin"
 
 
-class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
-    """``torch.standin``, for autocast."""
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-
 @functools.cache
 def _place() -> torch.device:
     """The device, from now on in this process. Not on import: pytest imports every file, in search of examples."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+    module = backend_registration._DummyBackendModule()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # autocast asks
+    backend_registration._setup_privateuseone_for_python_backend(NAME, module)
     return torch.device(NAME, 0)
 
 

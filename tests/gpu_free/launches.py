@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vqkernels"
 # First arguments of functions that kernels call; they are compiled with their callers.
-HELPERS = {"value", "exponent", "a_start", "bounds", "x_start", "partials"}
+HELPERS = {"value", "exponent", "a_start", "best", "bounds", "x_start", "partials"}
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",

@@ -144,6 +144,15 @@ def tile_scores(
 
 
 @triton.jit
+def above(best, z, score):
+    """With one more tile of scores: each row's largest, how far the sums so far come down, score - largest."""
+    new = tl.maximum(best, tl.max(score, 1))
+    shift = tl.where(z > 0, tl.maximum(best - new, LEAST), 0.0)
+    d = score - new[:, None]
+    return new, shift, tl.where(d < LEAST, LEAST, d)  # NaN stays
+
+
+@triton.jit
 def tile_says(
     x_start, g_start, g_dim, values, v_code, v_dim, usage, row_ok, code, num_codes, dim,
     SOFT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqkernels import _triton
 from vqkernels._triton import soft_scores
-from vqkernels._triton.soft_scores import LEAST, tile_scores
+from vqkernels._triton.soft_scores import above, tile_scores
 
 # Up to here three TF32 products per score, made twice, were counted to cost less than the reference's one in float32
 # and its passes over a block of scores (benchmarks/NOTES.md).
@@ -43,13 +43,10 @@ def _row_softmax(
             x_start, x_dim, codes + head * c_head, c_code, c_dim, offset + head * num_codes, ok, code, num_codes, dim,
             scale, factor, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        new = tl.maximum(best, tl.max(score, 1))
-        shift = tl.where(z > 0, tl.maximum(best - new, LEAST), 0.0)
-        d = tl.where(score - new[:, None] < LEAST, LEAST, score - new[:, None])  # NaN stays
+        best, shift, d = above(best, z, score)
         e = tl.exp(d)
         moment = tl.exp(shift) * (moment + z * shift) + tl.sum(e * d, 1)
         z = tl.exp(shift) * z + tl.sum(e, 1)
-        best = new
     to = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * num_rows + at
     tl.store(top + to, best, mask=n < num_rows)
     tl.store(total + to, z, mask=n < num_rows)

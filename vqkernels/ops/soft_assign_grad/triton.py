@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqkernels import _triton
 from vqkernels._triton import soft_scores
-from vqkernels._triton.soft_scores import LEAST, tile_says, tile_scores
+from vqkernels._triton.soft_scores import LEAST, above, tile_says, tile_scores
 
 # Dims of the sums that a program holds in registers. Scores are made again for each such part: twice, that was counted
 # to cost less than the reference's passes over a block of scores; four times, more (benchmarks/NOTES.md).
@@ -70,14 +70,11 @@ def _row_means(
             x, g + head * g_head + n * g_row, g_dim, values + head * v_head, v_code, v_dim, usage + head * num_codes,
             ok, code, num_codes, dim, SOFT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        new = tl.maximum(best, tl.max(score, 1))
-        shift = tl.where(z > 0, tl.maximum(best - new, LEAST), 0.0)
-        d = tl.where(score - new[:, None] < LEAST, LEAST, score - new[:, None])  # NaN stays
+        best, shift, d = above(best, z, score)
         e = tl.exp(d)
         # a holds score - largest, which the new largest one moves.
         inner = tl.exp(shift) * (inner - said_of_entropy * shift * z) + tl.sum(e * (said - said_of_entropy * d), 1)
         z = tl.exp(shift) * z + tl.sum(e, 1)
-        best = new
     to = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * num_rows + at
     tl.store(top + to, best, mask=n < num_rows)
     tl.store(total + to, z, mask=n < num_rows)
